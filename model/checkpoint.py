@@ -1,0 +1,109 @@
+"""Checkpoints: a folder of config.json, model.safetensors and tokenizer.model. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import AFTConfig
+from model.errors import CheckpointError, ConfigError, TokenizationError
+from model.tokenizer import Tokenizer
+from model.transformer import AFTForCausalLM
+
+MODEL_TYPE = "aft"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.model"
+
+
+def save_checkpoint(path: Path | str, model: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+    """Write a checkpoint folder. Each file appears whole or not at all."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(folder / TOKENIZER_FILE, tokenizer.model_proto)
+    save_tensors(folder / WEIGHTS_FILE, tensors)
+
+
+def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tuple[AFTForCausalLM, Tokenizer]:
+    """The model, in evaluation mode on `device`, and the tokenizer of a checkpoint folder.
+
+    Raises CheckpointError, naming the file, field or tensor, for anything missing, extra, damaged or not finite.
+    """
+    folder = Path(path)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"Checkpoint folder {folder} has no file {name}.")
+    config = _load_config(folder / CONFIG_FILE)
+    tokenizer = _load_tokenizer(folder / TOKENIZER_FILE, config)
+    tensors = load_tensors(folder / WEIGHTS_FILE)
+    with torch.device("meta"):
+        model = AFTForCausalLM(config)
+    _check_tensors(tensors, model.state_dict(), folder / WEIGHTS_FILE)
+    model.load_state_dict(tensors, assign=True)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, put in place only when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises CheckpointError if the file is truncated or not a safetensors file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _load_config(path: Path) -> AFTConfig:
+    try:
+        fields: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.pop("model_type", None) != MODEL_TYPE:
+        raise CheckpointError(f'{path} must be an object with "model_type": "{MODEL_TYPE}".')
+    try:
+        return AFTConfig.from_dict(fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _load_tokenizer(path: Path, config: AFTConfig) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.load(path)
+    except TokenizationError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(f"{path} has {tokenizer.vocab_size} pieces, but vocab_size is {config.vocab_size}.")
+    return tokenizer
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"{path} lacks the tensor {missing[0]!r}.")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(f"{path} has a tensor {extra[0]!r} that the model does not know.")
+    for name, tensor in tensors.items():
+        want = expected[name]
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"{want.dtype} {list(want.shape)}"
+            raise CheckpointError(f"{path}: tensor {name!r} is {found}, but the configuration asks for {wanted}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity.")

@@ -1,0 +1,146 @@
+"""The AFT operation (Zhai et al. 2021, equation 2, causal), as pure functions.
+
+    y_t = sum_{t' <= t} exp(k_t' + w_{t,t'}) v_t'  /  sum_{t' <= t} exp(k_t' + w_{t,t'})
+
+Every variant has w = 0 outside a window, so one recurrence serves all: tokens inside the window keep their own key
+and value; a token that leaves it is added to running sums (`absorb`). Only positive weights are ever summed, each
+relative to a maximum, so no finite key can overflow and none can turn a row into 0 / 0.
+
+Shapes: B sequences, T tokens, H keys per token, D features per key, Q queries, K keys seen by them (K >= Q; the
+queries are the last Q of the K tokens), W = window - 1.
+    keys [B, K, H]    values [B, K, H, D]    bias [B or 1, H or 1, Q, K], -inf where the key is later than the query
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.state import EMPTY_KEY, LayerState, RunningSums
+
+BLOCK = 64  # tokens per block of the parallel form: its work per token grows with BLOCK + window
+REFERENCE_SLACK = 16.0  # nats by which a key may exceed the reference of the running sums before that moves
+SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
+DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one
+
+BiasFunction = Callable[[int, int, int], Tensor]  # (n_queries, n_keys, tokens of this call before the first query)
+
+
+def forward(keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+    """Parallel form over T tokens that follow `state`: averages y [B, T, H, D] and the state after them.
+
+    The tokens are taken in blocks that hand a state on, so the cost is linear in T, and cutting the input anywhere
+    gives the same function. keys [B, T, H], values [B, T, H, D]; n_window = W.
+    """
+    n_tokens = keys.shape[1]
+    keys, values = keys.float(), values.float()
+    if state is None:  # an empty window has no columns here: nothing is computed for tokens that do not exist
+        state = LayerState.empty(keys.shape[0], keys.shape[2], values.shape[3], 0, keys.device)
+    outputs = []
+    for start in range(0, n_tokens, BLOCK):
+        block_keys = torch.cat([state.keys, keys[:, start : start + BLOCK]], 1)
+        block_values = torch.cat([state.values, values[:, start : start + BLOCK]], 1)
+        n_queries = min(BLOCK, n_tokens - start)
+        block_bias = bias(n_queries, block_keys.shape[1], start)
+        outputs.append(average(block_keys, block_values, block_bias, state.running))
+        state = slide(state.running, block_keys, block_values, n_window)
+    missing = n_window - state.keys.shape[1]
+    if missing > 0:
+        padded_keys = F.pad(state.keys, (0, 0, missing, 0), value=EMPTY_KEY)
+        state = LayerState(state.running, padded_keys, F.pad(state.values, (0, 0, 0, 0, missing, 0)))
+    return torch.cat(outputs, 1), state
+
+
+def step(key: Tensor, value: Tensor, bias: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    """Recurrent form for one token: key [B, H], value [B, H, D], bias [B or 1, W+1, H or 1] -> y [B, H, D] and state."""
+    keys = torch.cat([state.keys, key.float().unsqueeze(1)], 1)
+    values = torch.cat([state.values, value.float().unsqueeze(1)], 1)
+    top = torch.maximum(keys.amax(1), state.running.reference)  # [B, H]
+    logits = (keys - top.unsqueeze(1)) + bias
+    carried_logit = state.running.reference - top
+    peak = torch.maximum(logits.amax(1), carried_logit)
+    weights = torch.exp(logits - peak.unsqueeze(1))  # [B, W+1, H]
+    carried = torch.exp(carried_logit - peak).unsqueeze(-1) * (state.running.sums + state.running.compensation)
+    numerator = (weights.unsqueeze(-1) * values).sum(1) + carried[..., :-1]
+    denominator = weights.sum(1) + carried[..., -1]
+    return numerator / denominator.unsqueeze(-1), slide(state.running, keys, values, state.keys.shape[1])
+
+
+def average(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
+    """y [B, Q, H, D] for the last Q of K tokens, by whichever form is fast and exact here.
+
+    The direct form costs an exponential per (query, key, H); the factorised one needs a bias common to all H, and
+    is much cheaper when there is a key per feature. It says itself whether it was exact.
+    """
+    if bias.shape[1] == 1 and values.shape[3] == 1:
+        output, denominator = average_factorised(keys, values, bias[:, 0], running)
+        if bool((denominator > SAFE_DENOMINATOR).all()):
+            return output
+        n_rows = max(1, DIRECT_ELEMENTS // (keys.numel()))
+        return torch.cat([average_direct(keys, values, rows, running) for rows in bias.split(n_rows, 2)], 1)
+    return average_direct(keys, values, bias, running)
+
+
+def average_direct(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
+    """Each row against its own maximum: exact for any keys and any bias. Returns y [B, Q, H, D]."""
+    # Keys are taken relative to their maximum before the bias is added: at |k| = 200 the sum would round to 1e-5.
+    top = torch.maximum(keys.amax(1), running.reference).detach()  # [B, H]
+    logits = (keys - top.unsqueeze(1)).transpose(1, 2).unsqueeze(2) + bias  # [B, H, Q, K]
+    carried_logit = (running.reference - top).unsqueeze(-1)  # [B, H, 1]
+    peak = torch.maximum(logits.amax(-1), carried_logit).detach()  # [B, H, Q]
+    weights = torch.exp(logits - peak.unsqueeze(-1))
+    carried = torch.exp(carried_logit - peak).unsqueeze(-1) * _total(running).unsqueeze(2)  # [B, H, Q, D+1]
+    numerator = weights @ values.transpose(1, 2) + carried[..., :-1]
+    denominator = weights.sum(-1) + carried[..., -1]
+    return (numerator / denominator.unsqueeze(-1)).transpose(1, 2)
+
+
+def average_factorised(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> tuple[Tensor, Tensor]:
+    """exp(k + w) = exp(k) exp(w): one matrix product for all features. D = 1, bias [B or 1, Q, K].
+
+    Returns y [B, Q, H, 1] and the denominators [B, Q, H] relative to the largest key of the block and the largest
+    bias of the row. Terms are positive, so a row is exact unless its denominator is so small that terms of its
+    size may have underflowed.
+    """
+    top = torch.maximum(keys.amax(1), running.reference).detach().unsqueeze(1)  # [B, 1, H]
+    peak = bias.amax(-1, keepdim=True).clamp(min=0.0).detach()  # [B or 1, Q, 1]
+    weights = torch.exp(keys - top)  # [B, K, H]
+    pairs = torch.exp(bias - peak) @ torch.cat([weights * values.squeeze(-1), weights], -1)
+    carried = torch.exp(running.reference.unsqueeze(1) - top - peak).unsqueeze(-1) * _total(running).unsqueeze(1)
+    numerator, denominator = pairs.chunk(2, -1)
+    numerator, denominator = numerator + carried[..., 0], denominator + carried[..., 1]
+    return (numerator / denominator).unsqueeze(-1), denominator
+
+
+def slide(running: RunningSums, keys: Tensor, values: Tensor, n_window: int) -> LayerState:
+    """Keep the last W of K tokens as the window; the others have left it and go into the running sums."""
+    n_leaving = max(keys.shape[1] - n_window, 0)
+    if n_leaving:
+        running = absorb(running, keys[:, :n_leaving], values[:, :n_leaving])
+    return LayerState(running, keys[:, n_leaving:], values[:, n_leaving:])
+
+
+def absorb(running: RunningSums, keys: Tensor, values: Tensor) -> RunningSums:
+    """Add tokens keys [B, N, H], values [B, N, H, D] to the running sums, with bias 0.
+
+    Two errors could grow with the length of a sequence. Adding a small term to a large sum loses its low bits: the
+    loss is kept in `compensation`. Rescaling at each new maximum rounds: so the reference moves only when a key
+    exceeds it by 16 nats, and whatever is rescaled then weighs less than 1e-7 of the new term.
+    """
+    top = keys.amax(1).detach()
+    reference = torch.where(top > running.reference + REFERENCE_SLACK, top, running.reference)
+    weights = torch.exp(keys - reference.unsqueeze(1))  # [B, N, H]
+    added = torch.cat([(weights.unsqueeze(-1) * values).sum(1), weights.sum(1).unsqueeze(-1)], -1)
+    scale = torch.exp(running.reference - reference).unsqueeze(-1)
+    sums = running.sums * scale
+    total = sums + added
+    rounded = total - sums  # the part of `added` that arrived (Knuth's two-sum)
+    lost = (sums - (total - rounded)) + (added - rounded)
+    return RunningSums(reference, total, running.compensation * scale + lost)
+
+
+def _total(running: RunningSums) -> Tensor:
+    return running.sums + running.compensation

@@ -1,0 +1,108 @@
+"""The recurrent state of a batch of sequences: what decoding carries from token to token.
+
+Shapes: B sequences, H keys per token, D features per key (H * D = d_model), W = window - 1 tokens.
+Everything is float32, whatever the dtype of the weights, and the size never depends on how many tokens were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMPTY_KEY = float("-inf")  # exp(EMPTY_KEY + bias) is 0: a slot of the window that no token has filled yet
+EMPTY_REFERENCE = torch.finfo(torch.float32).min  # finite, so that no difference of references is NaN
+
+
+@dataclass(frozen=True)
+class RunningSums:
+    """Sums over every token that has left the window, where its bias is 0 for ever.
+
+    The value of a token is extended by a constant 1, so one tensor holds both sums of the paper's formula:
+    numerator sum exp(k - reference) v in [..., :D], denominator sum exp(k - reference) in [..., D].
+
+    reference    [B, H]      in nats; follows the largest key, see `ops.absorb`
+    sums         [B, H, D+1]
+    compensation [B, H, D+1] what rounding has taken from `sums` so far (Neumaier), to be added back on reading
+    """
+
+    reference: Tensor
+    sums: Tensor
+    compensation: Tensor
+
+    @staticmethod
+    def empty(batch_size: int, n_key: int, d_key: int, device: torch.device) -> RunningSums:
+        zeros = torch.zeros(batch_size, n_key, d_key + 1, device=device)
+        reference = torch.full((batch_size, n_key), EMPTY_REFERENCE, device=device)
+        return RunningSums(reference, zeros, zeros.clone())
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """State of one layer: the running sums and the window of tokens that still have a bias, oldest first.
+
+    keys   [B, W, H]
+    values [B, W, H, D]
+    """
+
+    running: RunningSums
+    keys: Tensor
+    values: Tensor
+
+    @staticmethod
+    def empty(batch_size: int, n_key: int, d_key: int, n_window: int, device: torch.device) -> LayerState:
+        keys = torch.full((batch_size, n_window, n_key), EMPTY_KEY, device=device)
+        values = torch.zeros(batch_size, n_window, n_key, d_key, device=device)
+        return LayerState(RunningSums.empty(batch_size, n_key, d_key, device), keys, values)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        running = self.running
+        return running.reference, running.sums, running.compensation, self.keys, self.values
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[Tensor]) -> LayerState:
+        reference, sums, compensation, keys, values = tensors
+        return LayerState(RunningSums(reference, sums, compensation), keys, values)
+
+
+@dataclass(frozen=True)
+class AFTState:
+    """State of a batch. Never modified in place: `forward` and `step` return a new one, so keeping a state is a fork.
+
+    position [B] int64, tokens read so far
+    """
+
+    position: Tensor
+    layers: tuple[LayerState, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the whole batch."""
+        return sum(tensor.nbytes for tensor in (self.position, *(t for layer in self.layers for t in layer.tensors())))
+
+    def select(self, indices: Sequence[int]) -> AFTState:
+        """The sequences at `indices`, in that order, copied."""
+        index = torch.tensor(indices, dtype=torch.long, device=self.position.device)
+        return self._map(lambda tensor: tensor.index_select(0, index))
+
+    def clone(self) -> AFTState:
+        return self._map(Tensor.clone)
+
+    @staticmethod
+    def concatenate(states: Sequence[AFTState]) -> AFTState:
+        """One batch of all sequences of `states`, in order."""
+        layers = tuple(
+            LayerState.from_tensors([torch.cat(parts) for parts in zip(*(s.layers[i].tensors() for s in states), strict=True)])
+            for i in range(len(states[0].layers))
+        )
+        return AFTState(torch.cat([state.position for state in states]), layers)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> AFTState:
+        layers = tuple(LayerState.from_tensors([function(t) for t in layer.tensors()]) for layer in self.layers)
+        return AFTState(function(self.position), layers)

@@ -1,0 +1,1 @@
+"""Training: text in, checkpoint folder out. Run as `python -m model.training`."""

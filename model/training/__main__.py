@@ -1,0 +1,157 @@
+"""`python -m model.training`: text files in, checkpoint folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+
+from model.checkpoint import TOKENIZER_FILE, save_checkpoint
+from model.config import AFTConfig, Variant
+from model.errors import ModelError
+from model.tokenizer import Tokenizer
+from model.training.config import TrainingConfig
+from model.training.data import PackedBatches, Source, encode_documents, read_documents
+from model.training.evaluate import bits_per_character
+from model.training.progress import ProgressReport, plot_history
+from model.training.trainer import Record, Trainer, init_processes, process_rank, write_history
+from model.transformer import AFTForCausalLM
+
+LOSS_CURVE_FILE, HISTORY_FILE = "loss.png", "training_log.jsonl"
+
+
+def main(
+    data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],
+    validation: Annotated[Path | None, typer.Option(help="Text file to report bits per character on.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model to use; a new one is learned without.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
+    variant: Annotated[Variant, typer.Option(help="Position bias.")] = "conv",
+    d_model: Annotated[int, typer.Option()] = 256,
+    n_layer: Annotated[int, typer.Option()] = 6,
+    n_head: Annotated[int, typer.Option(help="Heads of the key (conv).")] = 16,
+    window: Annotated[int, typer.Option(help="Tokens that a bias reaches (conv, local).")] = 32,
+    d_bias: Annotated[int, typer.Option(help="Inner size of the factorised bias (local, full).")] = 32,
+    max_positions: Annotated[int, typer.Option(help="Longest sequence, where the model has one.")] = 1024,
+    d_ff: Annotated[int | None, typer.Option(help="Inner width of the feed-forward layer; 4 * d-model.")] = None,
+    position_embeddings: Annotated[bool, typer.Option(help="Learned position embeddings, as in the paper.")] = False,
+    steps: Annotated[int, typer.Option()] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 16,
+    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 3e-3,
+    final_learning_rate: Annotated[float, typer.Option()] = 1e-4,
+    warmup_steps: Annotated[int, typer.Option()] = 100,
+    weight_decay: Annotated[float, typer.Option()] = 0.1,
+    gradient_clip: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 250,
+    validation_documents: Annotated[int, typer.Option(help="Documents read by validations before the last.")] = 64,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile the loss; needs a C++ compiler.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue the run whose state lies in the folder.")] = False,
+) -> None:
+    """Train an AFT language model. Documents are separated by a line <|endoftext|>.
+
+    Under torchrun, the processes share each batch.
+    """
+    target = choose_device(device)
+    init_processes(target)
+    config = TrainingConfig(
+        data=tuple(Source.parse(text) for text in data),
+        validation=validation,
+        steps=steps,
+        batch_size=batch_size,
+        context=context,
+        learning_rate=learning_rate,
+        final_learning_rate=final_learning_rate,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        gradient_clip=gradient_clip,
+        seed=seed,
+        evaluate_every=evaluate_every,
+        validation_documents=validation_documents,
+        checkpoint_every=checkpoint_every,
+        compile=compile_loss,
+    )
+    console = Console(quiet=process_rank() > 0)
+    documents = [read_documents(source.path) for source in config.data]
+    words = prepare_tokenizer(out, tokenizer, config, documents, vocab_size, resume)
+    torch.manual_seed(config.seed)
+    model = AFTForCausalLM(
+        AFTConfig(
+            variant=variant,
+            vocab_size=words.vocab_size,
+            d_model=d_model,
+            n_layer=n_layer,
+            n_head=n_head,
+            window=window,
+            d_bias=d_bias,
+            max_positions=max_positions,
+            d_ff=d_ff,
+            position_embeddings=position_embeddings,
+        )
+    ).to(target)
+    streams = [(encode_documents(d, words), s.repeats) for d, s in zip(documents, config.data, strict=True)]
+    batches = PackedBatches(streams, batch_size=config.batch_size, context=config.context, seed=config.seed)
+    console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {target}", highlight=False)
+    for source, (tokens, repeats) in zip(config.data, streams, strict=True):
+        console.print(f"{source.path}: {len(tokens):,} tokens, {repeats:g} times a pass", highlight=False)
+
+    trainer = Trainer(model, batches, config, out)
+    if resume:
+        trainer.resume()
+    held_out = read_documents(config.validation) if config.validation else []
+
+    def validate() -> float:
+        last = trainer.step + 1 == config.steps
+        return bits_per_character(model, words, held_out if last else held_out[: config.validation_documents])
+
+    with ProgressReport(config.steps, trainer.step, console) as progress:
+
+        def report(record: Record) -> None:
+            progress(record)
+            if process_rank() == 0 and (record.step % config.checkpoint_every == 0 or record.step == config.steps):
+                save_checkpoint(out, model, words)
+                plot_history(out / LOSS_CURVE_FILE, trainer.history)
+                write_history(out / HISTORY_FILE, trainer.history)
+
+        trainer.run(validate if held_out else None, report)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def prepare_tokenizer(
+    out: Path, given: Path | None, config: TrainingConfig, documents: list[list[str]], vocab_size: int, resume: bool
+) -> Tokenizer:
+    """The given tokenizer, the one of the run to be resumed, or a new one learned from one pass over the data."""
+    if resume or given:
+        return Tokenizer.load(given if given else out / TOKENIZER_FILE)
+
+    def one_pass() -> Iterator[str]:
+        for source, texts in zip(config.data, documents, strict=True):
+            whole, part = divmod(source.repeats, 1)
+            yield from texts * int(whole)
+            yield from texts[: round(part * len(texts))]
+
+    return Tokenizer.train(one_pass(), vocab_size)  # deterministic: every process of a group learns the same
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the process's own accelerator if there is one, and the CPU otherwise."""
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except (ModelError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error

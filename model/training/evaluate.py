@@ -1,0 +1,39 @@
+"""Bits per character of a model on held-out documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.tokenizer import Tokenizer
+from model.transformer import AFTForCausalLM
+
+
+@torch.inference_mode()
+def bits_per_character(
+    model: AFTForCausalLM, tokenizer: Tokenizer, documents: Sequence[str], *, batch_size: int = 16
+) -> float:
+    """Bits that the model needs for the text of `documents`, each read alone from its start, per character.
+
+    The first token is predicted from the end-of-text token that starts every text. The cost of predicting the end
+    itself is left out, since it is not text.
+    """
+    encoded = sorted(([tokenizer.end_of_text_id, *tokenizer.encode(document)] for document in documents), key=len)
+    nats = 0.0
+    for start in range(0, len(encoded), batch_size):
+        rows = encoded[start : start + batch_size]
+        tokens = torch.full((len(rows), len(rows[-1])), -1)  # padded on the right, which a causal model cannot see
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+        nats += float(next_token_nats(model, tokens.to(model.device)))
+    return nats / math.log(2) / sum(map(len, documents))
+
+
+def next_token_nats(model: AFTForCausalLM, tokens: Tensor) -> Tensor:
+    """Total cross-entropy in nats of tokens[:, 1:] given what precedes; tokens [B, T + 1], -1 is padding."""
+    logits, _ = model(tokens[:, :-1].clamp(min=0))
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().long(), ignore_index=-1, reduction="sum")

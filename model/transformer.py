@@ -1,0 +1,112 @@
+"""The AFT language model. Shapes: B sequences, T tokens, V vocabulary, C = d_model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import AFTConfig
+from model.errors import ContextLengthError
+from model.layers import Block
+from model.state import AFTState
+
+
+class AFTForCausalLM(nn.Module):
+    """Decoder of AFT blocks with tied input and output embeddings.
+
+    `forward` reads any number of tokens from any state; `step` reads one. Both are the same function of the tokens.
+    """
+
+    def __init__(self, config: AFTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = (
+            nn.Embedding(config.max_positions, config.d_model) if config.position_embeddings else None
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self._init_weights()
+        self.to(getattr(torch, config.dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def init_state(self, batch_size: int) -> AFTState:
+        """The state before the first token."""
+        position = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        return AFTState(position, tuple(b.attention.init_state(batch_size, self.device) for b in self._blocks()))
+
+    def forward(self, token_ids: Tensor, state: AFTState | None = None) -> tuple[Tensor, AFTState]:
+        """token_ids [B, T], T >= 1 -> logits [B, T, V] in float32, and the state after the last token.
+
+        Raises ContextLengthError past `config.context_limit`.
+        """
+        hidden, state = self.hidden(token_ids, state)
+        return self.logits(hidden), state
+
+    def prefill(self, token_ids: Tensor, state: AFTState | None = None) -> tuple[Tensor, AFTState]:
+        """As `forward`, but only the logits [B, V] after the last token."""
+        hidden, state = self.hidden(token_ids, state)
+        return self.logits(hidden[:, -1]), state
+
+    def hidden(self, token_ids: Tensor, state: AFTState | None = None) -> tuple[Tensor, AFTState]:
+        """token_ids [B, T] -> normalised outputs of the last block [B, T, C], and the state."""
+        if token_ids.ndim != 2 or token_ids.shape[1] < 1:
+            raise ValueError(f"token_ids must be [batch, tokens] with at least one token, not {list(token_ids.shape)}.")
+        n_tokens = token_ids.shape[1]
+        position = state.position if state else torch.zeros(token_ids.shape[0], dtype=torch.long, device=self.device)
+        self._check_context(state, n_tokens)
+        positions = position[:, None] + torch.arange(n_tokens, device=self.device)
+        x = self._embed(token_ids, positions)
+        layers = []
+        # From the start, every sequence is at position 0, and one bias serves the whole batch.
+        bias_position = position if state else position[:1]
+        for i, block in enumerate(self._blocks()):
+            x, layer = block(x, bias_position, state.layers[i] if state else None)
+            layers.append(layer)
+        hidden: Tensor = self.norm(x)
+        return hidden, AFTState(position + n_tokens, tuple(layers))
+
+    def step(self, token_ids: Tensor, state: AFTState) -> tuple[Tensor, AFTState]:
+        """token_ids [B], one per sequence -> logits [B, V] in float32, and the state after them."""
+        if token_ids.shape != state.position.shape:
+            raise ValueError(f"token_ids must be [{state.batch_size}] as the state, not {list(token_ids.shape)}.")
+        self._check_context(state, 1)
+        x = self._embed(token_ids, state.position)
+        layers = []
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
+            x, layer = block.step(x, state.position, layer)
+            layers.append(layer)
+        return self.logits(self.norm(x)), AFTState(state.position + 1, tuple(layers))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., C] -> logits [..., V] in float32."""
+        return F.linear(hidden, self.embedding.weight).float()
+
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = self.embedding(token_ids)
+        return x if self.position_embedding is None else x + self.position_embedding(positions)
+
+    def _check_context(self, state: AFTState | None, n_tokens: int) -> None:
+        limit = self.config.context_limit
+        if limit is None:
+            return
+        end = n_tokens + (int(state.position.max()) if state else 0)
+        if end > limit:
+            raise ContextLengthError(f"A sequence of {end} tokens exceeds the model's max_positions = {limit}.")
+
+    def _init_weights(self) -> None:
+        """Normal with std 0.02; the projections into the residual stream are scaled down by its depth (GPT-2)."""
+        residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                is_residual = name.endswith(("attention.out", "feed_forward.down"))
+                nn.init.normal_(module.weight, std=residual_std if is_residual else 0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
