@@ -50,9 +50,7 @@ class ConvBias(PositionBias):
 
     def by_distance(self) -> Tensor:
         """[H, s]: the bias of a token at distance 0 .. s-1."""
-        weight = self.weight.float()
-        std, mean = torch.std_mean(weight, dim=-1, correction=0, keepdim=True)
-        return self.gamma.float() * (weight - mean) / (std + 1e-5) + self.beta.float()
+        return self.gamma.float() * F.layer_norm(self.weight.float(), (self.window,)) + self.beta.float()
 
     def learned(self, age: Tensor, position: Tensor) -> Tensor:
         return self.by_distance()[:, age.clamp(0, self.window - 1)].unsqueeze(0)

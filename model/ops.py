@@ -26,6 +26,8 @@ REFERENCE_SLACK = 16.0  # nats by which a key may exceed the reference of the ru
 SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
 DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one
 
+LARGEST_KEY = 1e38  # so that no difference of two keys overflows
+
 BiasFunction = Callable[[int, int, int], Tensor]  # (n_queries, n_keys, tokens of this call before the first query)
 
 
@@ -36,7 +38,7 @@ def forward(keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, sta
     gives the same function. keys [B, T, H], values [B, T, H, D]; n_window = W.
     """
     n_tokens = keys.shape[1]
-    keys, values = keys.float(), values.float()
+    keys, values = _bounded(keys), values.float()
     if state is None:  # an empty window has no columns here: nothing is computed for tokens that do not exist
         state = LayerState.empty(keys.shape[0], keys.shape[2], values.shape[3], 0, keys.device)
     outputs = []
@@ -56,7 +58,7 @@ def forward(keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, sta
 
 def step(key: Tensor, value: Tensor, bias: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
     """Recurrent form for one token: key [B, H], value [B, H, D], bias [B or 1, W+1, H or 1] -> y [B, H, D] and state."""
-    keys = torch.cat([state.keys, key.float().unsqueeze(1)], 1)
+    keys = torch.cat([state.keys, _bounded(key).unsqueeze(1)], 1)
     values = torch.cat([state.values, value.float().unsqueeze(1)], 1)
     top = torch.maximum(keys.amax(1), state.running.reference)  # [B, H]
     logits = (keys - top.unsqueeze(1)) + bias
@@ -79,23 +81,37 @@ def average(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) ->
         output, denominator = average_factorised(keys, values, bias[:, 0], running)
         if bool((denominator > SAFE_DENOMINATOR).all()):
             return output
-        n_rows = max(1, DIRECT_ELEMENTS // (keys.numel()))
-        return torch.cat([average_direct(keys, values, rows, running) for rows in bias.split(n_rows, 2)], 1)
+        return _average_direct_by_rows(keys, values, bias, running)
     return average_direct(keys, values, bias, running)
 
 
 def average_direct(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
     """Each row against its own maximum: exact for any keys and any bias. Returns y [B, Q, H, D]."""
-    # Keys are taken relative to their maximum before the bias is added: at |k| = 200 the sum would round to 1e-5.
-    top = torch.maximum(keys.amax(1), running.reference).detach()  # [B, H]
-    logits = (keys - top.unsqueeze(1)).transpose(1, 2).unsqueeze(2) + bias  # [B, H, Q, K]
-    carried_logit = (running.reference - top).unsqueeze(-1)  # [B, H, 1]
-    peak = torch.maximum(logits.amax(-1), carried_logit).detach()  # [B, H, Q]
+    # A key is taken relative to the largest that its row sees, then the bias is added: k + w alone would round to
+    # 1e-5 at |k| = 200, and so would the difference to a key that jumps up later.
+    seen = keys.cummax(1).values[:, -bias.shape[2] :]  # [B, Q, H]
+    top = torch.maximum(seen, running.reference.unsqueeze(1)).detach().transpose(1, 2)  # [B, H, Q]
+    logits = (keys.transpose(1, 2).unsqueeze(2) - top.unsqueeze(-1)) + bias  # [B, H, Q, K]
+    carried_logit = running.reference.unsqueeze(-1) - top  # [B, H, Q]
+    peak = torch.maximum(logits.amax(-1), carried_logit).detach()
     weights = torch.exp(logits - peak.unsqueeze(-1))
     carried = torch.exp(carried_logit - peak).unsqueeze(-1) * _total(running).unsqueeze(2)  # [B, H, Q, D+1]
     numerator = weights @ values.transpose(1, 2) + carried[..., :-1]
     denominator = weights.sum(-1) + carried[..., -1]
     return (numerator / denominator.unsqueeze(-1)).transpose(1, 2)
+
+
+def _average_direct_by_rows(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
+    """`average_direct` for a key per feature: some rows at a time, to bound the memory."""
+    n_queries, n_keys = bias.shape[2:]
+    n_rows = max(1, DIRECT_ELEMENTS // keys.numel())
+    outputs = []
+    for start in range(0, n_queries, n_rows):
+        end = min(start + n_rows, n_queries)
+        seen = n_keys - n_queries + end
+        rows = bias[:, :, start:end, :seen]
+        outputs.append(average_direct(keys[:, :seen], values[:, :seen], rows, running))
+    return torch.cat(outputs, 1)
 
 
 def average_factorised(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> tuple[Tensor, Tensor]:
@@ -140,6 +156,10 @@ def absorb(running: RunningSums, keys: Tensor, values: Tensor) -> RunningSums:
     rounded = total - sums  # the part of `added` that arrived (Knuth's two-sum)
     lost = (sums - (total - rounded)) + (added - rounded)
     return RunningSums(reference, total, running.compensation * scale + lost)
+
+
+def _bounded(keys: Tensor) -> Tensor:
+    return keys.float().clamp(-LARGEST_KEY, LARGEST_KEY)
 
 
 def _total(running: RunningSums) -> Tensor:

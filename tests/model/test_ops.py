@@ -1,0 +1,235 @@
+"""Exactness: reference = forward = forward in any chunks = unrolled steps, for every variant and any input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import ops
+from model.config import AFTConfig, Variant
+from model.layers import ConvBias, FactorisedBias, PositionBias, position_bias
+from model.state import LayerState
+from tests.reference import aft_reference, reference_bias
+
+VARIANTS: list[Variant] = ["simple", "conv", "local", "full"]
+
+
+@dataclass
+class Case:
+    """One sequence for one layer; keys [1, T, H], values [1, T, H, D]."""
+
+    bias: PositionBias
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def n_window(self) -> int:
+        return self.bias.window - 1
+
+    def forward(self, state: LayerState | None = None, start: int = 0, end: int | None = None) -> tuple[Tensor, LayerState]:
+        def bias(n_queries: int, n_keys: int, offset: int) -> Tensor:
+            return self.bias(n_queries, n_keys, torch.tensor([start + offset]))
+
+        return ops.forward(self.keys[:, start:end], self.values[:, start:end], bias, self.n_window, state)
+
+    def chunks(self, cuts: list[int]) -> Tensor:
+        outputs, state = [], None
+        for start, end in zip([0, *cuts], [*cuts, self.keys.shape[1]], strict=True):
+            y, state = self.forward(state, start, end)
+            outputs.append(y)
+        return torch.cat(outputs, 1)
+
+    @torch.no_grad()
+    def steps(self, start: int = 0) -> Tensor:
+        """Unrolled steps for the tokens from `start`; those before it are read by one forward."""
+        _, n_tokens, n_key, d_key = self.values.shape
+        state = LayerState.empty(1, n_key, d_key, self.n_window, torch.device("cpu"))
+        if start:
+            _, state = self.forward(None, 0, start)
+        outputs = []
+        for t in range(start, n_tokens):
+            bias = self.bias(1, self.n_window + 1, torch.tensor([t]))[:, :, 0].transpose(1, 2)
+            y, state = ops.step(self.keys[:, t], self.values[:, t], bias, state)
+            outputs.append(y)
+        return torch.stack(outputs, 1)
+
+    def reference(self) -> Tensor:
+        return aft_reference(self.keys[0], self.values[0], reference_bias(self.bias)).unsqueeze(0)
+
+
+def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
+    """A bias module whose values spread over about -w_scale .. w_scale."""
+    random = torch.Generator().manual_seed(seed)
+    bias = position_bias(config)
+    if isinstance(bias, ConvBias):
+        bias.gamma.data.uniform_(-w_scale / 2, w_scale / 2, generator=random)
+        bias.beta.data.uniform_(-w_scale / 2, w_scale / 2, generator=random)
+    elif isinstance(bias, FactorisedBias):
+        side = (w_scale / config.d_bias) ** 0.5
+        bias.query.data.uniform_(-side, side, generator=random)
+        bias.key.data.uniform_(-side, side, generator=random)
+    return bias
+
+
+@st.composite
+def cases(draw: st.DrawFn, variant: Variant, w_scale: float, jump: float) -> Case:
+    n_tokens = draw(st.integers(1, 24), "tokens")
+    n_head, d_key = draw(st.integers(1, 3), "heads"), draw(st.integers(1, 3), "features per head")
+    config = AFTConfig(
+        variant=variant,
+        vocab_size=1,
+        d_model=n_head * d_key,
+        n_layer=1,
+        n_head=n_head,
+        window=draw(st.integers(1, 26), "window"),
+        d_bias=draw(st.integers(1, 4), "d_bias"),
+        max_positions=draw(st.integers(26, 30), "max_positions"),
+    )
+    seed = draw(st.integers(0, 2**31), "seed")
+    random = torch.Generator().manual_seed(seed)
+    n_key = config.n_key
+    keys = torch.randn(1, n_tokens, n_key, generator=random)
+    if jump:
+        keys += jump * torch.randint(-1, 2, keys.shape, generator=random)
+    values = torch.randn(1, n_tokens, n_key, config.d_model // n_key, generator=random)
+    return Case(make_bias(config, w_scale, seed), keys, values)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert torch.isfinite(actual).all()
+    scale = float(expected.abs().max())
+    return float((actual.detach().double() - expected).abs().max()) / max(scale, 1e-30)
+
+
+def exact(variant: Variant, w_scale: float, jump: float) -> Callable[[], None]:
+    """The property, for hypothesis to run: all forms agree with the float64 reference."""
+
+    @settings(max_examples=40, deadline=None)
+    @given(case=cases(variant, w_scale, jump), block=st.sampled_from([1, 2, 5, 64]), data=st.data())
+    def check(case: Case, block: int, data: st.DataObject) -> None:
+        n_tokens = case.keys.shape[1]
+        cuts = data.draw(st.lists(st.integers(1, max(1, n_tokens - 1)), unique=True, max_size=5).map(sorted), "cuts")
+        cuts = [cut for cut in cuts if cut < n_tokens]
+        with mock.patch.object(ops, "BLOCK", block):
+            expected = case.reference().detach()
+            assert relative_error(case.forward()[0], expected) < 1e-5
+            assert relative_error(case.chunks(cuts), expected) < 1e-5
+            assert relative_error(case.steps(), expected) < 1e-5
+            check_gradients(case, cuts)
+
+    return check
+
+
+def check_gradients(case: Case, cuts: list[int]) -> None:
+    """Gradients of forward, whole and in chunks, against those of the reference."""
+    inputs = [case.keys, case.values, *case.bias.parameters()]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    direction = torch.linspace(-1, 1, case.values.numel()).view_as(case.values)
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((y * direction).sum(), inputs, allow_unused=True, materialize_grads=True))
+
+    expected = gradients(case.reference())
+    # The gradient of a key or bias is a difference of terms of the size of the values, and carries their rounding.
+    largest = float(case.values.detach().abs().max())
+    for actual in (gradients(case.forward()[0]), gradients(case.chunks(cuts))):
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.isfinite(a).all()
+            assert float((a - e).abs().max()) < 1e-5 * max(float(e.abs().max()), largest)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_forms_equal_the_reference(variant: Variant) -> None:
+    exact(variant, w_scale=2.0, jump=0.0)()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_forms_survive_jumping_keys_and_extreme_biases(variant: Variant) -> None:
+    exact(variant, w_scale=50.0, jump=200.0)()
+
+
+LONG = 20_000
+KEY_SEQUENCES = {
+    "random": lambda t, random: torch.randn(len(t), generator=random),
+    "jumps of 200": lambda t, random: 200.0 * torch.randint(-1, 2, (len(t),), generator=random),
+    # Adding e^-5 over and over to a sum near 100 loses up to 0.1% of each term in plain float32.
+    "a large key, then equal small ones": lambda t, random: torch.where(t == 0, 5.0, 0.0).float(),
+    # A reference that followed every new maximum would be rounded 20,000 times.
+    "ever growing": lambda t, random: (t * 1e-4).float(),
+    "ever falling": lambda t, random: (t * -1e-2).float(),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_drift_over_20000_steps(variant: Variant) -> None:
+    """Steps in a row against the formula; each key sequence is a head of its own.
+
+    AFT-full keeps every token and sums nothing up, so there the last steps will do (each costs as much as all tokens).
+    """
+    n_key = len(KEY_SEQUENCES)
+    config = AFTConfig(
+        variant=variant, vocab_size=1, d_model=n_key, n_layer=1, n_head=n_key, window=8, d_bias=2, max_positions=LONG
+    )
+    bias = make_bias(config, 50.0 if variant == "conv" else 3.0, seed=1).requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    t = torch.arange(LONG)
+    keys = torch.stack([sequence(t, random) for sequence in KEY_SEQUENCES.values()], -1).unsqueeze(0)
+    values = torch.randn(1, LONG, n_key, 1, generator=random)
+    values[:, 1:] += 1.0  # a mean that is not 0, or the relative error would be of noise
+    start = LONG - 100 if variant == "full" else 0
+    steps = Case(bias, keys, values).steps(start)
+    forward, _ = Case(bias, keys, values).forward()
+    assert torch.isfinite(steps).all()
+    for row in (99, 4_999, LONG - 1):
+        expected = expected_row(bias, keys, values, row)
+        assert relative_error(forward[0, row], expected) < 1e-5
+        if row >= start:
+            assert relative_error(steps[0, row - start], expected) < 1e-5
+
+
+def expected_row(bias: PositionBias, keys: Tensor, values: Tensor, row: int) -> Tensor:
+    """One row of the formula in float64; the sum over t' as a vector, for 20,000 terms are too many for a loop."""
+    w = reference_bias(bias)
+    first = max(0, row - min(bias.window, 8) + 1)
+    n_key = keys.shape[2]
+    logits = keys[0, : row + 1].double()
+    if isinstance(bias, FactorisedBias) and bias.window > row:
+        logits = logits + (bias.key[: row + 1].double() @ bias.query[row].double()).unsqueeze(-1)
+    else:
+        for s in range(first, row + 1):
+            logits[s] += torch.stack([w(h, row, s) for h in range(n_key)])
+    weights = torch.exp(logits - logits.amax(0))
+    return (weights.unsqueeze(-1) * values[0, : row + 1].double()).sum(0) / weights.sum(0).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [1e-38, 1e6, 3e38])
+def test_any_finite_key_gives_finite_averages(variant: Variant, scale: float) -> None:
+    """Keys up to the ends of float32. The average stays within the values it averages."""
+    config = AFTConfig(variant=variant, vocab_size=1, d_model=4, n_layer=1, n_head=2, window=3, d_bias=2, max_positions=99)
+    random = torch.Generator().manual_seed(0)
+    keys = scale * (2 * torch.rand(1, 99, config.n_key, generator=random) - 1)
+    values = torch.rand(1, 99, config.n_key, 4 // config.n_key, generator=random)
+    case = Case(make_bias(config, 1.0, seed=0), keys, values)
+    for y in (case.forward()[0], case.chunks([1, 40]), case.steps()):
+        assert torch.isfinite(y).all()
+        assert values.min() - 1e-5 <= y.min() and y.max() <= values.max() + 1e-5
+
+
+@pytest.mark.parametrize("jump", [0.0, 200.0])
+def test_the_direct_form_stands_in_only_where_it_must(jump: float) -> None:
+    """The factorised form must answer ordinary keys, or the parallel form of three variants would be slow."""
+    keys = torch.randn(1, 64, 4) + jump * (torch.arange(64) > 32).view(1, 64, 1)
+    case = Case(position_bias(AFTConfig(variant="simple", vocab_size=1, d_model=4, n_layer=1)), keys, torch.randn(1, 64, 4, 1))
+    with mock.patch.object(ops, "average_direct", wraps=ops.average_direct) as direct:
+        case.forward()
+    assert direct.called == (jump > 0)
