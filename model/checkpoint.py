@@ -55,6 +55,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """A safetensors file, put in place only when it is complete."""
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata)
+    temporary.chmod(0o644)  # save_file makes it private, and a server may run as another user
     os.replace(temporary, path)
 
 

@@ -67,7 +67,10 @@ class FactorisedBias(PositionBias):
     def learned(self, age: Tensor, position: Tensor) -> Tensor:
         query_positions = position[:, None] + torch.arange(age.shape[0], device=age.device)
         key_positions = query_positions[:, -1:] - age[-1]  # negative in slots that no token has filled: any will do
-        factors = F.embedding(query_positions, self.query).float(), F.embedding(key_positions.clamp(min=0), self.key).float()
+        factors = (
+            F.embedding(query_positions, self.query).float(),
+            F.embedding(key_positions.clamp(min=0), self.key).float(),
+        )
         return (factors[0] @ factors[1].transpose(1, 2)).unsqueeze(1)
 
 

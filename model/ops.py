@@ -31,7 +31,9 @@ LARGEST_KEY = 1e38  # so that no difference of two keys overflows
 BiasFunction = Callable[[int, int, int], Tensor]  # (n_queries, n_keys, tokens of this call before the first query)
 
 
-def forward(keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+def forward(
+    keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, state: LayerState | None
+) -> tuple[Tensor, LayerState]:
     """Parallel form over T tokens that follow `state`: averages y [B, T, H, D] and the state after them.
 
     The tokens are taken in blocks that hand a state on, so the cost is linear in T, and cutting the input anywhere

@@ -98,7 +98,9 @@ class AFTState:
     def concatenate(states: Sequence[AFTState]) -> AFTState:
         """One batch of all sequences of `states`, in order."""
         layers = tuple(
-            LayerState.from_tensors([torch.cat(parts) for parts in zip(*(s.layers[i].tensors() for s in states), strict=True)])
+            LayerState.from_tensors(
+                [torch.cat(parts) for parts in zip(*(s.layers[i].tensors() for s in states), strict=True)]
+            )
             for i in range(len(states[0].layers))
         )
         return AFTState(torch.cat([state.position for state in states]), layers)

@@ -33,7 +33,9 @@ class Case:
     def n_window(self) -> int:
         return self.bias.window - 1
 
-    def forward(self, state: LayerState | None = None, start: int = 0, end: int | None = None) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, state: LayerState | None = None, start: int = 0, end: int | None = None
+    ) -> tuple[Tensor, LayerState]:
         def bias(n_queries: int, n_keys: int, offset: int) -> Tensor:
             return self.bias(n_queries, n_keys, torch.tensor([start + offset]))
 
@@ -215,7 +217,9 @@ def expected_row(bias: PositionBias, keys: Tensor, values: Tensor, row: int) -> 
 @pytest.mark.parametrize("scale", [1e-38, 1e6, 3e38])
 def test_any_finite_key_gives_finite_averages(variant: Variant, scale: float) -> None:
     """Keys up to the ends of float32. The average stays within the values it averages."""
-    config = AFTConfig(variant=variant, vocab_size=1, d_model=4, n_layer=1, n_head=2, window=3, d_bias=2, max_positions=99)
+    config = AFTConfig(
+        variant=variant, vocab_size=1, d_model=4, n_layer=1, n_head=2, window=3, d_bias=2, max_positions=99
+    )
     random = torch.Generator().manual_seed(0)
     keys = scale * (2 * torch.rand(1, 99, config.n_key, generator=random) - 1)
     values = torch.rand(1, 99, config.n_key, 4 // config.n_key, generator=random)
@@ -229,7 +233,9 @@ def test_any_finite_key_gives_finite_averages(variant: Variant, scale: float) ->
 def test_the_direct_form_stands_in_only_where_it_must(jump: float) -> None:
     """The factorised form must answer ordinary keys, or the parallel form of three variants would be slow."""
     keys = torch.randn(1, 64, 4) + jump * (torch.arange(64) > 32).view(1, 64, 1)
-    case = Case(position_bias(AFTConfig(variant="simple", vocab_size=1, d_model=4, n_layer=1)), keys, torch.randn(1, 64, 4, 1))
+    case = Case(
+        position_bias(AFTConfig(variant="simple", vocab_size=1, d_model=4, n_layer=1)), keys, torch.randn(1, 64, 4, 1)
+    )
     with mock.patch.object(ops, "average_direct", wraps=ops.average_direct) as direct:
         case.forward()
     assert direct.called == (jump > 0)

@@ -1,0 +1,1 @@
+"""Text-generation server for Attention Free Transformers."""

@@ -1,0 +1,81 @@
+"""One table from exceptions to HTTP statuses and TGI's error types."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from model.errors import ModelError
+from server.errors import GenerationError, InvalidRequestError, OverloadedError, ShuttingDownError
+
+logger = logging.getLogger(__name__)
+
+STATUS_AND_TYPE: dict[type[Exception], tuple[int, str]] = {
+    InvalidRequestError: (422, "validation"),
+    ModelError: (422, "validation"),
+    OverloadedError: (429, "overloaded"),
+    GenerationError: (424, "generation"),
+    ShuttingDownError: (503, "overloaded"),
+}
+RETRY_AFTER_SECONDS = 1
+
+
+def status_and_type(error: Exception) -> tuple[int, str]:
+    for kind, answer in STATUS_AND_TYPE.items():
+        if isinstance(error, kind):
+            return answer
+    return 500, "generation"
+
+
+def error_body(error: Exception) -> dict[str, str]:
+    """What the client is told. An error that is not ours is logged, and says nothing of its inside."""
+    status, error_type = status_and_type(error)
+    if status == 500:
+        logger.error("A request failed.", exc_info=error)
+        return {"error": "The server failed on this request.", "error_type": error_type}
+    return {"error": str(error), "error_type": error_type}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    async def on_error(_: Request, error: Exception) -> JSONResponse:
+        status, _type = status_and_type(error)
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
+        return JSONResponse(error_body(error), status, headers)
+
+    async def on_invalid_body(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return JSONResponse({"error": validation_sentence(error.errors()), "error_type": "validation"}, 422)
+
+    async def on_http_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": f"{error.detail}.", "error_type": "validation"}, error.status_code, error.headers)
+
+    for kind in (*STATUS_AND_TYPE, Exception):
+        app.add_exception_handler(kind, on_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_body)
+    app.add_exception_handler(HTTPException, on_http_error)
+
+
+def validation_sentence(errors: Sequence[Any]) -> str:
+    """The first problem of a body, as a sentence that names the field."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"The body is not JSON: {first['ctx']['error']}."
+    field = ".".join(str(part) for part in first["loc"][1:])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{field} is not a known parameter."
+    if first["type"] == "value_error":
+        return f"{message}."
+    shown = json.dumps(first.get("input"), default=repr)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return (
+        f"{field or 'The body'}: {message}, not {shown}." if shown != "null" else f"{field or 'The body'}: {message}."
+    )

@@ -1,0 +1,52 @@
+"""Token bytes to text as they come: no half characters, and nothing that may still turn out to be a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+
+class Detokenizer:
+    """`append` bytes of each token and send what it returns; `finish` returns what is left.
+
+    All returned pieces together are the decoded text, cut before the first stop string.
+    stopped_by: the stop string that was found, if any.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = [string for string in stop if string]
+        self._pending = ""
+        self.stopped_by: str | None = None
+
+    def append(self, token_bytes: bytes) -> str:
+        return self._release(self._decoder.decode(token_bytes))
+
+    def finish(self) -> str:
+        released = self._release(self._decoder.decode(b"", final=True))
+        if self.stopped_by is None:
+            released, self._pending = released + self._pending, ""
+        return released
+
+    def _release(self, text: str) -> str:
+        if self.stopped_by is not None:
+            return ""
+        self._pending += text
+        found = [(self._pending.find(string), string) for string in self._stop if string in self._pending]
+        if found:
+            # The earliest one wins, and of several there the shortest: it was complete first.
+            end, self.stopped_by = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
+        else:
+            end = len(self._pending) - self._held_back()
+        released, self._pending = self._pending[:end], self._pending[end:]
+        return released
+
+    def _held_back(self) -> int:
+        """Characters at the end of the text that begin a stop string."""
+        longest = 0
+        for string in self._stop:
+            for length in range(min(len(string) - 1, len(self._pending)), longest, -1):
+                if self._pending.endswith(string[:length]):
+                    longest = length
+                    break
+        return longest
