@@ -57,7 +57,7 @@ class ConvBias(PositionBias):
 
 
 class FactorisedBias(PositionBias):
-    """AFT-local and AFT-full: w_{t,t'} = u_t . v_t' (paper, section 3.2); full is local with a window of every position."""
+    """AFT-local and AFT-full: w_{t,t'} = u_t . v_t' (paper, section 3.2); full is local without end."""
 
     def __init__(self, config: AFTConfig) -> None:
         super().__init__(config)
@@ -67,11 +67,9 @@ class FactorisedBias(PositionBias):
     def learned(self, age: Tensor, position: Tensor) -> Tensor:
         query_positions = position[:, None] + torch.arange(age.shape[0], device=age.device)
         key_positions = query_positions[:, -1:] - age[-1]  # negative in slots that no token has filled: any will do
-        factors = (
-            F.embedding(query_positions, self.query).float(),
-            F.embedding(key_positions.clamp(min=0), self.key).float(),
-        )
-        return (factors[0] @ factors[1].transpose(1, 2)).unsqueeze(1)
+        u = F.embedding(query_positions, self.query).float()
+        v = F.embedding(key_positions.clamp(min=0), self.key).float()
+        return (u @ v.transpose(1, 2)).unsqueeze(1)
 
 
 def position_bias(config: AFTConfig) -> PositionBias:

@@ -59,7 +59,10 @@ def forward(
 
 
 def step(key: Tensor, value: Tensor, bias: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-    """Recurrent form for one token: key [B, H], value [B, H, D], bias [B or 1, W+1, H or 1] -> y [B, H, D] and state."""
+    """Recurrent form for one token: averages y [B, H, D] and the state after it.
+
+    key [B, H], value [B, H, D], bias [B or 1, W+1, H or 1], oldest token first.
+    """
     keys = torch.cat([state.keys, _bounded(key).unsqueeze(1)], 1)
     values = torch.cat([state.values, value.float().unsqueeze(1)], 1)
     top = torch.maximum(keys.amax(1), state.running.reference)  # [B, H]

@@ -75,9 +75,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizationError(
-                f"Text holds a lone surrogate at character {error.start}; UTF-8 has none."
-            ) from error
+            raise TokenizationError(f"Text holds a lone surrogate at character {error.start}.") from error
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE)):
             ids += (self._space_ids if i else []) + self._processor.EncodeAsIds(part)

@@ -29,9 +29,7 @@ def main(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],
     validation: Annotated[Path | None, typer.Option(help="Text file to report bits per character on.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.model to use; a new one is learned without.")
-    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model to use instead of a new one.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
     variant: Annotated[Variant, typer.Option(help="Position bias.")] = "conv",
     d_model: Annotated[int, typer.Option()] = 256,
@@ -55,9 +53,7 @@ def main(
     validation_documents: Annotated[int, typer.Option(help="Documents read by validations before the last.")] = 64,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    compile_loss: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the loss; needs a C++ compiler.")
-    ] = False,
+    compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile; needs a C++ compiler.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run whose state lies in the folder.")] = False,
 ) -> None:
     """Train an AFT language model. Documents are separated by a line <|endoftext|>.

@@ -82,7 +82,8 @@ class PackedBatches:
         if pass_index != self._pass_index:
             self._pass_index, self._starts = pass_index, self._shuffled_starts(pass_index)
         stream, start = self._starts[i]
-        return self.streams[stream][0][start : start + self.context + 1]
+        window: TokenArray = self.streams[stream][0][start : start + self.context + 1]
+        return window
 
     def _shuffled_starts(self, pass_index: int) -> npt.NDArray[np.int64]:
         """(stream, first token) of every window of a pass; every pass has the same number of windows."""

@@ -140,7 +140,8 @@ class Trainer:
 
 def parameter_groups(model: AFTForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases, norms and position biases, whose zero is not "small", do not."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim >= 2 and ".bias." not in name else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

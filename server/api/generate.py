@@ -9,6 +9,7 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -33,7 +34,7 @@ from server.errors import ServerError
 DEFAULT_MAX_NEW_TOKENS = 100
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-ERRORS = {status: {"model": ErrorResponse} for status in (422, 424, 429, 500, 503)}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (422, 424, 429, 500, 503)}
 
 router = APIRouter()
 
@@ -114,9 +115,10 @@ async def answer(http_request: Request, generation: Generation, *, as_list: bool
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     outputs = collecting.result()
     response = GenerateResponse(generated_text=generation.prefix + text_of(outputs))
-    if generation.details:
+    finish_reason = outputs[-1].finish_reason
+    if generation.details and finish_reason is not None:
         response.details = Details(
-            finish_reason=outputs[-1].finish_reason,
+            finish_reason=finish_reason,
             generated_tokens=len(outputs),
             seed=generation.seed,
             tokens=[token(output) for output in outputs],
@@ -166,7 +168,7 @@ def event(sent: list[TokenOutput], generation: Generation) -> dict[str, object]:
         result.generated_text = generation.prefix + text_of(sent)
         if generation.details:
             result.details = StreamDetails(
-                finish_reason=last.finish_reason.value,
+                finish_reason=last.finish_reason,
                 generated_tokens=len(sent),
                 seed=generation.seed,
                 input_length=len(generation.request.prompt_ids),

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from server.engine import FinishReason
+
 # Accepted only with the value that changes nothing, since clients send their defaults.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "adapter_id": (None,),
@@ -40,9 +42,7 @@ class GenerateParameters(Body):
         None, description="Generation ends before the first of these strings"
     )
     return_full_text: bool | None = Field(None, description="Whether generated_text starts with the inputs")
-    truncate: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
-        None, description="Keep the last tokens of inputs"
-    )
+    truncate: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="Keep the last tokens")
     details: bool | None = None
     adapter_id: Any = None
     best_of: Any = None
@@ -58,9 +58,7 @@ class GenerateParameters(Body):
     def _refuse_unsupported(self) -> Self:
         for name, neutral in NEUTRAL_VALUES.items():
             value = getattr(self, name)
-            if not any(
-                value is n or (type(value) in (int, float) and type(n) in (int, float) and value == n) for n in neutral
-            ):
+            if value not in neutral:
                 raise ValueError(f"{name} is not supported by this server; leave it out")
         return self
 
@@ -83,7 +81,7 @@ class Token(BaseModel):
 
 
 class Details(BaseModel):
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    finish_reason: FinishReason
     generated_tokens: int
     seed: int | None
     prefill: list[Token] = []
@@ -96,7 +94,7 @@ class GenerateResponse(BaseModel):
 
 
 class StreamDetails(BaseModel):
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    finish_reason: FinishReason
     generated_tokens: int
     seed: int | None
     input_length: int

@@ -76,7 +76,7 @@ class LLMEngine:
         """Read a prompt, generate the first token, and join the batch."""
         prompt = torch.tensor([request.prompt_ids], device=self.model.device)
         state: AFTState | None = None
-        for chunk in prompt.split(PREFILL_CHUNK, 1):
+        for chunk in torch.split(prompt, PREFILL_CHUNK, 1):
             logits, state = self.model.prefill(chunk, state)
         assert state is not None
         output = self._next_output(request, logits[0].cpu())

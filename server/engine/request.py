@@ -35,7 +35,7 @@ class Request:
 
     request_id: str
     prompt_ids: list[int]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 100
     stop: tuple[str, ...] = ()
     n_generated: int = field(default=0, init=False)
