@@ -1,5 +1,59 @@
-"""Tiny tensors gain nothing from a second thread, and waiting for it makes tests on two cores several times slower."""
+"""Small models and tokenizers that tests share."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 import torch
 
+from model import AFTConfig, AFTForCausalLM, Tokenizer, save_checkpoint
+from model.config import Variant
+
+# Tiny tensors gain nothing from a second thread, and waiting for it makes tests on two cores several times slower.
 torch.set_num_threads(1)
+
+STORIES = [
+    "Once upon a time there was a red fox. It lived in a small house by the sea.\n\nOne day it met a blue bird.",
+    "The bird said, “Good morning, fox!” The fox said, “Good morning, bird!”\n\nThey were friends for ever.",
+    "Ann had 3 cats and 12 dogs. The cats slept in the sun. The dogs ran to the park and played with a ball.",
+]
+VARIANTS: list[Variant] = ["simple", "conv", "local", "full"]
+
+
+def tiny_config(variant: Variant = "conv", **changes: object) -> AFTConfig:
+    fields: dict[str, object] = {
+        "variant": variant,
+        "vocab_size": 400,
+        "d_model": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "window": 6,
+        "d_bias": 3,
+        "max_positions": 256,
+        "d_ff": 32,
+    }
+    return AFTConfig.from_dict(fields | changes)
+
+
+def random_model(config: AFTConfig, seed: int = 0, std: float = 0.3) -> AFTForCausalLM:
+    """Parameters far larger than at the start of training, so that positions, keys and biases all matter."""
+    torch.manual_seed(seed)
+    model = AFTForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(STORIES * 3, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny conv model of random weights."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(folder, random_model(tiny_config()), tokenizer)
+    return folder

@@ -123,6 +123,7 @@ def main(
 
         trainer.run(validate if held_out else None, report)
     if dist.is_initialized():
+        dist.barrier()  # a process that leaves first breaks the connections of those still saving
         dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ A batch is a function of (seed, step) alone, so a resumed run reads exactly what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,8 @@ class Source:
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a UTF-8 file that separates them by a line `<|endoftext|>`."""
-    lines = f"\n{path.read_text(encoding='utf-8')}\n"
-    documents = (part.strip("\n") for part in lines.split(f"\n{END_OF_TEXT}\n"))
-    return [document for document in documents if document.strip()]
+    parts = re.split(rf"^{re.escape(END_OF_TEXT)}$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [part.strip("\n") for part in parts if part.strip()]
 
 
 def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> TokenArray:

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import Tokenizer, load_checkpoint, save_checkpoint
+from model.config import Variant
+from model.errors import CheckpointError
+from tests.conftest import STORIES, VARIANTS, random_model, tiny_config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip(variant: Variant, dtype: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = random_model(tiny_config(variant, dtype=dtype, position_embeddings=True))
+    save_checkpoint(tmp_path, model, tokenizer)
+    loaded, loaded_tokenizer = load_checkpoint(tmp_path)
+    assert loaded.config == model.config
+    assert loaded_tokenizer.model_proto == tokenizer.model_proto
+    assert not loaded.training
+    tokens = torch.arange(100).unsqueeze(0)
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.model"}
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "aft"
+    assert all(path.stat().st_mode & 0o044 for path in tmp_path.iterdir()), "other users must be able to read it"
+
+
+@pytest.fixture
+def damaged(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_missing_file_is_named(name: str, damaged: Path) -> None:
+    (damaged / name).unlink()
+    with pytest.raises(CheckpointError, match=f"has no file {name}"):
+        load_checkpoint(damaged)
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("blocks.1.attention.qkv.bias"), "lacks the tensor 'blocks.1.attention.qkv.bias'"),
+        (lambda t: t.update(extra=torch.zeros(1)), "has a tensor 'extra' that the model does not know"),
+        (lambda t: t.update({"norm.bias": torch.zeros(15)}), r"'norm.bias' is torch.float32 \[15\], but .* \[16\]"),
+        (lambda t: t.update({"norm.bias": torch.zeros(16).half()}), "'norm.bias' is torch.float16"),
+        (lambda t: t["norm.bias"].fill_(float("nan")), "'norm.bias' holds NaN or infinity"),
+        (lambda t: t["norm.weight"][3].fill_(float("inf")), "'norm.weight' holds NaN or infinity"),
+    ],
+)
+def test_a_bad_tensor_is_named(edit: Callable[[dict[str, Tensor]], object], message: str, damaged: Path) -> None:
+    edit_tensors(damaged, edit)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(damaged)
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(length: int, damaged: Path) -> None:
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or not a safetensors file"):
+        load_checkpoint(damaged)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ('{"model_type": "gpt2"}', 'with "model_type": "aft"'),
+        ('{"model_type": "aft", "layers": 3}', "Unknown configuration field 'layers'"),
+        ('{"model_type": "aft", "variant": "conv"}', "'d_model' is missing"),
+    ],
+)
+def test_a_bad_configuration_is_explained(content: str, message: str, damaged: Path) -> None:
+    (damaged / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(damaged)
+
+
+def test_a_bad_tokenizer_is_explained(damaged: Path) -> None:
+    (damaged / "tokenizer.model").write_bytes(Tokenizer.train(STORIES, vocab_size=380).model_proto)
+    with pytest.raises(CheckpointError, match="has 380 pieces, but vocab_size is 400"):
+        load_checkpoint(damaged)
+    (damaged / "tokenizer.model").write_bytes(b"\x80\x04K\x01.")  # a pickle, say
+    with pytest.raises(CheckpointError, match="not a sentencepiece model"):
+        load_checkpoint(damaged)

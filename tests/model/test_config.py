@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from model import AFTConfig
+from model.errors import ConfigError
+from tests.conftest import VARIANTS, tiny_config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trips_through_json(variant: str) -> None:
+    config = tiny_config(variant, position_embeddings=True)  # type: ignore[arg-type]
+    assert AFTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_config().d_model = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("variant", "fourier"),
+        ("dtype", "int8"),
+        ("vocab_size", 0),
+        ("d_model", -4),
+        ("d_model", "16"),
+        ("n_layer", 1.5),
+        ("n_head", 3),
+        ("n_head", True),
+        ("window", 0),
+        ("d_bias", None),
+        ("max_positions", 0),
+        ("d_ff", 0),
+        ("norm_eps", 0.0),
+        ("position_embeddings", 1),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field} must be .*, not {value!r}\.$"):
+        tiny_config(**{field: value})
+
+
+def test_local_window_fits_the_positions() -> None:
+    with pytest.raises(ConfigError, match="window must be at most max_positions = 8, not 9"):
+        tiny_config("local", window=9, max_positions=8)
+
+
+def test_unknown_and_missing_fields_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="Unknown configuration field 'n_heads'"):
+        AFTConfig.from_dict(tiny_config().to_dict() | {"n_heads": 4})
+    fields = tiny_config().to_dict()
+    del fields["d_model"]
+    with pytest.raises(ConfigError, match="'d_model' is missing"):
+        AFTConfig.from_dict(fields)
+
+
+def test_feed_forward_width_defaults_to_four_times_the_model() -> None:
+    assert tiny_config(d_ff=None).d_ff == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"variant": "simple"}, None),
+        ({"variant": "conv"}, None),
+        ({"variant": "local"}, 256),
+        ({"variant": "full"}, 256),
+        ({"variant": "conv", "position_embeddings": True}, 256),
+    ],
+)
+def test_context_is_bounded_only_where_positions_are_learned(changes: dict[str, object], limit: int | None) -> None:
+    assert tiny_config(**changes).context_limit == limit  # type: ignore[arg-type]

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from model import Tokenizer
+from model.training.evaluate import bits_per_character
+from tests.conftest import STORIES, random_model, tiny_config
+
+
+def test_bits_per_character_are_those_of_each_text_read_alone(tokenizer: Tokenizer) -> None:
+    """Padding, order and batch size do not matter; the end of text is not counted."""
+    model = random_model(tiny_config())
+    nats = 0.0
+    for story in STORIES:
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(story)]
+        log_probabilities = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+        nats -= sum(float(log_probabilities[i, ids[i + 1]]) for i in range(len(ids) - 1))
+    expected = nats / math.log(2) / len("".join(STORIES))
+    for batch_size in (1, 2, 16):
+        actual = bits_per_character(model, tokenizer, STORIES, batch_size=batch_size)
+        assert actual == pytest.approx(expected, rel=1e-5)

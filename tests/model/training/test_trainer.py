@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import Tokenizer
+from model.errors import CheckpointError, ConfigError
+from model.training.config import TrainingConfig
+from model.training.data import PackedBatches, Source, encode_documents
+from model.training.trainer import STATE_FILE, Trainer, parameter_groups
+from model.transformer import AFTForCausalLM
+from tests.conftest import STORIES, tiny_config
+
+CONFIG = TrainingConfig(
+    data=(Source(Path("unused.txt")),),
+    steps=12,
+    batch_size=4,
+    context=16,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    evaluate_every=4,
+    checkpoint_every=5,
+)
+
+
+def trainer(tokenizer: Tokenizer, folder: Path, config: TrainingConfig = CONFIG) -> Trainer:
+    torch.manual_seed(config.seed)
+    stream = encode_documents(STORIES * 4, tokenizer)
+    batches = PackedBatches([(stream, 1.0)], batch_size=config.batch_size, context=config.context, seed=config.seed)
+    return Trainer(AFTForCausalLM(tiny_config()), batches, config, folder)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Same losses and same weights, bit for bit, although it was stopped between two checkpoints."""
+    whole = trainer(tokenizer, tmp_path / "whole")
+    whole.run(validate=lambda: 1.0)
+
+    interrupted = trainer(tokenizer, tmp_path / "parts")
+
+    def stop_at_8(record: object) -> None:
+        if interrupted.step == 8:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        interrupted.run(validate=lambda: 1.0, report=stop_at_8)
+    resumed = trainer(tokenizer, tmp_path / "parts")
+    resumed.resume()
+    assert resumed.step == 5
+    resumed.run(validate=lambda: 1.0)
+    assert resumed.history == whole.history
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_it_learns(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = trainer(tokenizer, tmp_path, dataclasses.replace(CONFIG, steps=150, checkpoint_every=1000))
+    run.run()
+    assert run.history[0].loss == pytest.approx(math.log(400), abs=0.2)
+    assert run.history[-1].loss < 2.0
+
+
+def test_history_has_what_a_step_reports(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = trainer(tokenizer, tmp_path)
+    seen = []
+    run.run(validate=lambda: 2.5, report=seen.append)
+    assert seen == run.history
+    assert [record.step for record in seen] == list(range(1, 13))
+    assert [record.step for record in seen if record.validation == 2.5] == [4, 8, 12]
+    assert seen[-1].tokens == 12 * 4 * 16
+    assert (tmp_path / STATE_FILE).is_file()
+
+
+def test_resume_refuses_another_run(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    trainer(tokenizer, tmp_path).save()
+    other = trainer(tokenizer, tmp_path, dataclasses.replace(CONFIG, learning_rate=0.5))
+    with pytest.raises(CheckpointError, match=r"was written with learning_rate = 0\.01, not 0\.5"):
+        other.resume()
+    with pytest.raises(CheckpointError, match="no training_state.safetensors in .*nowhere to resume from"):
+        trainer(tokenizer, tmp_path / "nowhere").resume()
+
+
+def test_gradients_are_clipped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = trainer(tokenizer, tmp_path, dataclasses.replace(CONFIG, steps=1, gradient_clip=1e-3))
+    run.run()
+    norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
+    config = dataclasses.replace(CONFIG, steps=101, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [config.learning_rate_at(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55, abs=0.02)
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_only_matrices_decay() -> None:
+    model = AFTForCausalLM(tiny_config())
+    decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.1))
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert names["blocks.0.attention.qkv.weight"] in decayed
+    for name in ("blocks.0.attention.bias.weight", "blocks.0.attention.bias.gamma", "norm.weight", "norm.bias"):
+        assert names[name] in free
+    assert decayed | free == set(names.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("batch_size", -1), ("learning_rate", 0.0), ("warmup_steps", -1), ("weight_decay", math.nan)],
+)
+def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} must be "):
+        dataclasses.replace(CONFIG, **{field: value})
