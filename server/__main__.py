@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,8 @@ def main(
     """Serve a checkpoint: POST /generate, GET /health."""
     network, tokenizer = load_checkpoint(model, device)
     engine = LLMEngine(network, tokenizer, max_num_seqs=max_num_seqs, max_queue_length=max_queue_length)
+    # uvicorn drains on SIGTERM, then raises the signal again; an orderly end is exit status 0.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(create_app(engine, tokenizer), host=host, port=port)
 
 

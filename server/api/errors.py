@@ -55,6 +55,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def on_http_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # FastAPI's answer to bytes that are not UTF-8; huggingface_hub misreads a 400
+            return JSONResponse({"error": "The body is not UTF-8 JSON.", "error_type": "validation"}, 422)
         return JSONResponse({"error": f"{error.detail}.", "error_type": "validation"}, error.status_code, error.headers)
 
     for kind in (*STATUS_AND_TYPE, Exception):

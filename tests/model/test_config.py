@@ -42,7 +42,7 @@ def test_is_frozen() -> None:
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{field} must be .*, not {value!r}\.$"):
-        tiny_config(**{field: value})
+        tiny_config(**{field: value})  # type: ignore[arg-type]
 
 
 def test_local_window_fits_the_positions() -> None:

@@ -53,7 +53,7 @@ def test_forward_chunks_and_steps_agree(variant: Variant, position_embeddings: b
     @settings(max_examples=15, deadline=None)
     @given(st.sets(st.integers(1, 149), max_size=4).map(sorted))
     def check(cuts: list[int]) -> None:
-        chunk_state, outputs = None, []
+        chunk_state, outputs = model.init_state(3), []
         for start, end in zip([0, *cuts], [*cuts, 150], strict=True):
             logits, chunk_state = model(tokens[:, start:end], chunk_state)
             outputs.append(logits)

@@ -15,28 +15,9 @@ from model.training.evaluate import bits_per_character
 from tests.conftest import STORIES
 
 SETTINGS = [
-    "--vocab-size",
-    "380",
-    "--d-model",
-    "16",
-    "--n-layer",
-    "1",
-    "--n-head",
-    "2",
-    "--window",
-    "4",
-    "--batch-size",
-    "4",
-    "--context",
-    "16",
-    "--steps",
-    "6",
-    "--warmup-steps",
-    "2",
-    "--evaluate-every",
-    "3",
-    "--checkpoint-every",
-    "3",
+    *("--vocab-size", "380", "--d-model", "16", "--n-layer", "1", "--n-head", "2", "--window", "4"),
+    *("--batch-size", "4", "--context", "16", "--steps", "6", "--warmup-steps", "2"),
+    *("--evaluate-every", "3", "--checkpoint-every", "3"),
 ]
 
 
@@ -80,7 +61,7 @@ def test_two_processes_give_the_losses_of_one(text: Path, tmp_path: Path) -> Non
     assert run("--data", str(text), "--out", str(one), *SETTINGS).returncode == 0
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     done = run("--data", str(text), "--out", str(two), *SETTINGS, launcher=torchrun)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 
 

@@ -11,7 +11,7 @@ from model import Tokenizer
 from model.errors import CheckpointError, ConfigError
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents
-from model.training.trainer import STATE_FILE, Trainer, parameter_groups
+from model.training.trainer import STATE_FILE, Record, Trainer, parameter_groups
 from model.transformer import AFTForCausalLM
 from tests.conftest import STORIES, tiny_config
 
@@ -69,7 +69,7 @@ def test_it_learns(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 def test_history_has_what_a_step_reports(tokenizer: Tokenizer, tmp_path: Path) -> None:
     run = trainer(tokenizer, tmp_path)
-    seen = []
+    seen: list[Record] = []
     run.run(validate=lambda: 2.5, report=seen.append)
     assert seen == run.history
     assert [record.step for record in seen] == list(range(1, 13))
@@ -83,7 +83,7 @@ def test_resume_refuses_another_run(tokenizer: Tokenizer, tmp_path: Path) -> Non
     other = trainer(tokenizer, tmp_path, dataclasses.replace(CONFIG, learning_rate=0.5))
     with pytest.raises(CheckpointError, match=r"was written with learning_rate = 0\.01, not 0\.5"):
         other.resume()
-    with pytest.raises(CheckpointError, match="no training_state.safetensors in .*nowhere to resume from"):
+    with pytest.raises(CheckpointError, match=r"no training_state\.safetensors in .*nowhere to resume from"):
         trainer(tokenizer, tmp_path / "nowhere").resume()
 
 
@@ -120,4 +120,4 @@ def test_only_matrices_decay() -> None:
 )
 def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"^{field} must be "):
-        dataclasses.replace(CONFIG, **{field: value})
+        dataclasses.replace(CONFIG, **{field: value})  # type: ignore[arg-type]

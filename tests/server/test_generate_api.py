@@ -1,0 +1,212 @@
+"""The HTTP contract, against the application in process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi.testclient import TestClient
+
+from model import Tokenizer, load_checkpoint
+from model.generate import generate
+from model.sampling import Sampling
+from server.api.app import create_app
+from server.engine import LLMEngine
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path) -> Iterator[TestClient]:
+    model, tokenizer = load_checkpoint(checkpoint)
+    with TestClient(create_app(LLMEngine(model, tokenizer), tokenizer), raise_server_exceptions=False) as client:
+        yield client
+
+
+def post(client: TestClient, path: str = "/generate", **body: Any) -> httpx2.Response:
+    response: httpx2.Response = client.post(path, json=body)
+    return response
+
+
+def events(response: httpx2.Response) -> list[dict[str, Any]]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert response.text.isascii()
+    parts = response.text.split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data:{") for part in parts)
+    return [json.loads(part.removeprefix("data:")) for part in parts]
+
+
+def greedy_ids(checkpoint: Path, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
+    model, _ = load_checkpoint(checkpoint)
+    end = tokenizer.end_of_text_id
+    return list(generate(model, [end, *tokenizer.encode(text)], Sampling(), n, end))
+
+
+def test_greedy_text_is_the_models(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    response = post(client, inputs="The fox", parameters={"max_new_tokens": 12})
+    assert response.status_code == 200
+    expected = tokenizer.decode(greedy_ids(checkpoint, tokenizer, "The fox", 12))
+    assert response.json() == {"generated_text": expected}
+
+
+def test_details(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    body = post(client, inputs="The fox", parameters={"max_new_tokens": 12, "details": True}).json()
+    details = body["details"]
+    assert {key: details[key] for key in details if key != "tokens"} == {
+        "finish_reason": "length",
+        "generated_tokens": 12,
+        "seed": None,
+        "prefill": [],
+    }
+    assert [token["id"] for token in details["tokens"]] == greedy_ids(checkpoint, tokenizer, "The fox", 12)
+    assert "".join(token["text"] for token in details["tokens"]) == body["generated_text"]
+    assert all(token["logprob"] < 0 and token["special"] is False for token in details["tokens"])
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+def test_stream(path: str, client: TestClient) -> None:
+    parameters = {"max_new_tokens": 9, "details": True, "temperature": 0.7, "seed": 3}
+    whole = post(client, inputs="The fox", parameters=parameters).json()
+    response = post(client, path, inputs="The fox", parameters=parameters, stream=True)
+    stream = events(response)
+    assert [event["index"] for event in stream] == list(range(1, 10))
+    assert [event["token"] for event in stream] == whole["details"]["tokens"]
+    assert all(event["generated_text"] is None and event["details"] is None for event in stream[:-1])
+    assert stream[-1]["generated_text"] == whole["generated_text"]
+    details = stream[-1]["details"]
+    assert details.pop("input_length") > 2
+    assert details == {"finish_reason": "length", "generated_tokens": 9, "seed": 3}
+
+
+def test_stream_without_details(client: TestClient) -> None:
+    last = events(post(client, inputs="The fox", parameters={"max_new_tokens": 3}, stream=True))[-1]
+    assert last["details"] is None
+    assert last["generated_text"] is not None
+
+
+def test_root_answers_a_list(client: TestClient) -> None:
+    parameters = {"max_new_tokens": 3}
+    whole = post(client, inputs="The fox", parameters=parameters).json()
+    assert post(client, "/", inputs="The fox", parameters=parameters).json() == [whole]
+
+
+def test_explicit_nulls_are_defaults(client: TestClient) -> None:
+    from server.api.protocol import GenerateParameters
+
+    nulls = dict.fromkeys(GenerateParameters.model_fields)
+    response = post(client, inputs="The fox", parameters={**nulls, "max_new_tokens": 5}, stream=None)
+    assert response.json() == post(client, inputs="The fox", parameters={"max_new_tokens": 5}).json()
+
+
+def test_defaults_that_clients_send_are_accepted(client: TestClient) -> None:
+    parameters = {"best_of": 1, "repetition_penalty": 1.0, "watermark": False, "decoder_input_details": False}
+    assert post(client, inputs="The fox", parameters={**parameters, "max_new_tokens": 2}).status_code == 200
+
+
+def seed_of(response: httpx2.Response) -> Any:
+    return response.json()["details"]["seed"]
+
+
+@pytest.mark.parametrize("parameters", [{"do_sample": True}, {"temperature": 0.9}, {"top_k": 5}, {"top_p": 0.5}])
+def test_sampling_is_asked_for_by_any_of_its_parameters(parameters: dict[str, Any], client: TestClient) -> None:
+    """The seed that was drawn is told, and gives the same text again."""
+    parameters = {**parameters, "max_new_tokens": 20, "details": True}
+    first = post(client, inputs="The fox", parameters=parameters)
+    assert isinstance(seed_of(first), int)
+    again = post(client, inputs="The fox", parameters={**parameters, "seed": seed_of(first)})
+    assert again.json() == first.json()
+
+
+def test_without_parameters_it_samples(client: TestClient) -> None:
+    texts = {post(client, inputs="The fox").json()["generated_text"] for _ in range(3)}
+    assert len(texts) == 3
+
+
+def test_a_seed_alone_does_not_ask_for_sampling(client: TestClient) -> None:
+    parameters = {"max_new_tokens": 5, "details": True}
+    assert seed_of(post(client, inputs="The fox", parameters={**parameters, "seed": 1})) is None
+
+
+def test_stop_full_text_and_truncate(client: TestClient) -> None:
+    text = post(client, inputs="The fox", parameters={"max_new_tokens": 30}).json()["generated_text"]
+    stop = text[8:11]
+    parameters = {"max_new_tokens": 30, "stop": [stop], "return_full_text": True, "details": True}
+    body = post(client, inputs="The fox", parameters=parameters).json()
+    assert body["generated_text"] == "The fox" + text[: text.index(stop)]
+    assert body["details"]["finish_reason"] == "stop_sequence"
+
+    truncated = post(client, inputs="A house by the fox", parameters={"max_new_tokens": 9, "truncate": 1})
+    assert truncated.json() == post(client, inputs=" fox", parameters={"max_new_tokens": 9}).json()
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({}, "inputs: Field required"),
+        ({"inputs": ""}, "inputs: String should have at least 1 character"),
+        ({"inputs": 3}, "inputs: Input should be a valid string, not 3."),
+        ({"inputs": "a", "input": "b"}, "input is not a known parameter."),
+        ({"inputs": "a", "parameters": {"max_tokens": 3}}, "parameters.max_tokens is not a known parameter."),
+        ({"inputs": "a", "parameters": {"temperature": 0}}, "parameters.temperature: Input should be greater than 0"),
+        ({"inputs": "a", "parameters": {"top_p": 1.0}}, "parameters.top_p: Input should be less than 1"),
+        ({"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k: Input should be greater than or equal to 1"),
+        ({"inputs": "a", "parameters": {"top_k": 1.5}}, "parameters.top_k: Input should be a valid integer, not 1.5."),
+        ({"inputs": "a", "parameters": {"max_new_tokens": True}}, "parameters.max_new_tokens: Input should be"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "parameters.max_new_tokens: Input should be"),
+        ({"inputs": "a", "parameters": {"seed": -1}}, "parameters.seed: Input should be greater than or equal to 0"),
+        ({"inputs": "a", "parameters": {"seed": 2**64}}, "parameters.seed: Input should be less than"),
+        ({"inputs": "a", "parameters": {"stop": ["x"] * 17}}, "parameters.stop: List should have at most 16"),
+        ({"inputs": "a", "parameters": {"stop": [""]}}, "parameters.stop.0: String should have at least 1"),
+        ({"inputs": "a", "parameters": {"best_of": 2}}, "best_of is not supported by this server; leave it out."),
+        ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id is not supported by this server"),
+        ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "grammar is not supported by this server"),
+    ],
+)
+def test_bad_bodies_are_refused_with_the_field_named(body: dict[str, Any], sentence: str, client: TestClient) -> None:
+    for path in ("/generate", "/generate_stream", "/"):
+        response = client.post(path, json=body)
+        assert response.status_code == 422
+        assert response.json()["error_type"] == "validation"
+        assert response.json()["error"].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe"),
+        b'{"inputs": "\\ud800"}',
+        b'{"inputs": "\xff"}',
+        b'{"inputs": "a", "parameters": {"top_p": NaN}}',
+    ],
+)
+def test_malformed_bodies_are_refused(content: bytes, client: TestClient) -> None:
+    response = client.post("/generate", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 422, response.text
+    assert response.json()["error_type"] == "validation"
+    assert response.json()["error"].endswith(".")
+
+
+def test_unknown_paths_and_methods_answer_in_the_same_shape(client: TestClient) -> None:
+    for response, status in ((client.get("/nowhere"), 404), (client.get("/generate"), 405)):
+        assert response.status_code == status
+        assert set(response.json()) == {"error", "error_type"}
+
+
+def test_health(client: TestClient) -> None:
+    assert client.get("/health").status_code == 200
+
+
+def test_a_full_queue_answers_429_with_retry_after(checkpoint: Path) -> None:
+    model, tokenizer = load_checkpoint(checkpoint)
+    app = create_app(LLMEngine(model, tokenizer, max_queue_length=0), tokenizer)
+    with TestClient(app) as client:
+        for stream in (False, True):
+            response = post(client, inputs="The fox", stream=stream)
+            assert response.status_code == 429
+            assert response.json()["error_type"] == "overloaded"
+            assert int(response.headers["retry-after"]) >= 1
