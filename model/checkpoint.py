@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -49,6 +50,15 @@ def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tup
     _check_tensors(tensors, model.state_dict(), folder / WEIGHTS_FILE)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def fingerprint(model: AFTForCausalLM) -> bytes:
+    """16 bytes that differ for models that compute different things: a digest of configuration and weights."""
+    digest = hashlib.blake2b(json.dumps(model.config.to_dict(), sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

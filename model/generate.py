@@ -6,20 +6,25 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from model.sampling import Sampler, Sampling
+from model.sampling import Sampler, SamplingError, SamplingParams, sample
 from model.transformer import AFTForCausalLM
 
 
 @torch.inference_mode()
 def generate(
-    model: AFTForCausalLM, prompt_ids: Sequence[int], sampling: Sampling, max_new_tokens: int, end_of_text_id: int
+    model: AFTForCausalLM, prompt_ids: Sequence[int], params: SamplingParams, end_of_text_id: int
 ) -> Iterator[int]:
-    """Yield at most `max_new_tokens` ids that follow `prompt_ids`; the last one may be `end_of_text_id`."""
-    sampler = Sampler(sampling)
+    """Yield at most `params.max_tokens` ids that follow `prompt_ids`; the last one may be a token that ends the text.
+
+    Knows tokens only: stop strings, grammars and several texts are the engine's.
+    """
+    sampler = Sampler(params, prompt_ids, model.config.vocab_size, end_of_text_id)
     logits, state = model.prefill(torch.tensor([prompt_ids], device=model.device))
-    for n_generated in range(1, max_new_tokens + 1):
-        token_id = sampler.next_token(logits[0].cpu())
+    for n_generated in range(1, params.max_tokens + 1):
+        (token_id,) = sample(logits.cpu(), [sampler])
+        if isinstance(token_id, SamplingError):
+            raise token_id
         yield token_id
-        if token_id == end_of_text_id or n_generated == max_new_tokens:
+        if token_id in sampler.end_ids or n_generated == params.max_tokens:
             return
         logits, state = model.step(torch.tensor([token_id], device=model.device), state)

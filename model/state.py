@@ -6,8 +6,9 @@ Everything is float32, whatever the dtype of the weights, and the size never dep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class LayerState:
     values [B, W, H, D]
     """
 
+    N_TENSORS: ClassVar[int] = 5
+
     running: RunningSums
     keys: Tensor
     values: Tensor
@@ -84,27 +87,29 @@ class AFTState:
     @property
     def nbytes(self) -> int:
         """Bytes held for the whole batch."""
-        return sum(tensor.nbytes for tensor in (self.position, *(t for layer in self.layers for t in layer.tensors())))
+        return sum(tensor.nbytes for tensor in self.tensors())
 
-    def select(self, indices: Sequence[int]) -> AFTState:
-        """The sequences at `indices`, in that order, copied."""
-        index = torch.tensor(indices, dtype=torch.long, device=self.position.device)
-        return self._map(lambda tensor: tensor.index_select(0, index))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor, in a fixed order; the first dimension of each is the batch."""
+        return (self.position, *(tensor for layer in self.layers for tensor in layer.tensors()))
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[Tensor]) -> AFTState:
+        """The inverse of `tensors`."""
+        n = LayerState.N_TENSORS
+        layers = tuple(LayerState.from_tensors(tensors[i : i + n]) for i in range(1, len(tensors), n))
+        return AFTState(tensors[0], layers)
+
+    def select(self, rows: slice | Sequence[int]) -> AFTState:
+        """The sequences at `rows`, in that order: views for a slice, copies for a list."""
+        index = rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.long, device=self.position.device)
+        return AFTState.from_tensors([tensor[index] for tensor in self.tensors()])
 
     def clone(self) -> AFTState:
-        return self._map(Tensor.clone)
+        """A copy that shares no memory and holds no more than its size."""
+        return AFTState.from_tensors([tensor.clone(memory_format=torch.contiguous_format) for tensor in self.tensors()])
 
     @staticmethod
     def concatenate(states: Sequence[AFTState]) -> AFTState:
         """One batch of all sequences of `states`, in order."""
-        layers = tuple(
-            LayerState.from_tensors(
-                [torch.cat(parts) for parts in zip(*(s.layers[i].tensors() for s in states), strict=True)]
-            )
-            for i in range(len(states[0].layers))
-        )
-        return AFTState(torch.cat([state.position for state in states]), layers)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> AFTState:
-        layers = tuple(LayerState.from_tensors([function(t) for t in layer.tensors()]) for layer in self.layers)
-        return AFTState(function(self.position), layers)
+        return AFTState.from_tensors([torch.cat(parts) for parts in zip(*(s.tensors() for s in states), strict=True)])

@@ -81,6 +81,10 @@ class Tokenizer:
             ids += (self._space_ids if i else []) + self._processor.EncodeAsIds(part)
         return ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """The same after the end-of-text id, which starts every text that a model learns from."""
+        return [self.end_of_text_id, *self.encode(text)]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(token_ids).decode(errors="replace")

@@ -13,8 +13,10 @@ import uvicorn
 from model.checkpoint import load_checkpoint
 from model.errors import ModelError
 from server.api.app import create_app
-from server.engine import LLMEngine
+from server.engine import EngineConfig, LLMEngine
+from server.errors import ConfigurationError
 
+MIB = 2**20
 BUNDLED_MODEL = Path(__file__).parent.parent / "weights" / "aft-conv-stories"
 
 
@@ -23,19 +25,31 @@ def main(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that share a decoding step.")] = 32,
-    max_queue_length: Annotated[int, typer.Option(min=1, help="Requests that may wait; beyond it, 429.")] = 256,
+    max_num_seqs: Annotated[int, typer.Option(help="Texts that are decoded at a time.")] = 32,
+    state_memory: Annotated[int, typer.Option(help="MiB for their states; a bound on --max-num-seqs.")] = 1024,
+    max_queue_length: Annotated[int, typer.Option(help="Requests that may wait; beyond it, 429.")] = 256,
+    chunk_size: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, between tokens of others.")] = 256,
+    prefix_cache: Annotated[int, typer.Option(help="MiB of states after prompts that may come again.")] = 256,
+    batch_invariant: Annotated[bool, typer.Option(help="Bitwise the same text in any batch; slower.")] = False,
 ) -> None:
     """Serve a checkpoint: POST /generate, GET /health."""
     network, tokenizer = load_checkpoint(model, device)
-    engine = LLMEngine(network, tokenizer, max_num_seqs=max_num_seqs, max_queue_length=max_queue_length)
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs,
+        state_memory=state_memory * MIB,
+        max_queue_length=max_queue_length,
+        chunk_size=chunk_size,
+        prefix_cache_bytes=prefix_cache * MIB,
+        batch_invariant=batch_invariant,
+    )
+    engine = LLMEngine(network, tokenizer, config)
     # uvicorn drains on SIGTERM, then raises the signal again; an orderly end is exit status 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(create_app(engine, tokenizer), host=host, port=port)
+    uvicorn.run(create_app(engine), host=host, port=port)
 
 
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except ModelError as error:
+    except (ModelError, ConfigurationError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -1,8 +1,12 @@
-"""Errors of the server. Each message is a sentence for the client; `server/api/errors.py` maps them to statuses."""
+"""Errors of the server. Each message is a sentence; `server/api/errors.py` maps those of requests to statuses."""
 
 
 class ServerError(Exception):
-    """Base of every error that a request can end with."""
+    """Base of every error that the server raises on purpose."""
+
+
+class ConfigurationError(ServerError):
+    """A setting of the server is out of range."""
 
 
 class InvalidRequestError(ServerError):
@@ -11,6 +15,10 @@ class InvalidRequestError(ServerError):
 
 class OverloadedError(ServerError):
     """The queue is full; the same request may succeed later."""
+
+
+class RequestTimeoutError(ServerError):
+    """The request was not done by its deadline."""
 
 
 class GenerationError(ServerError):

@@ -22,7 +22,7 @@ def bits_per_character(
     The first token is predicted from the end-of-text token that starts every text. The cost of predicting the end
     itself is left out, since it is not text.
     """
-    encoded = sorted(([tokenizer.end_of_text_id, *tokenizer.encode(document)] for document in documents), key=len)
+    encoded = sorted((tokenizer.encode_text(document) for document in documents), key=len)
     nats = 0.0
     for start in range(0, len(encoded), batch_size):
         rows = encoded[start : start + batch_size]

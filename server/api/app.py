@@ -7,13 +7,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Response
 
-from model.tokenizer import Tokenizer
 from server.api import generate
 from server.api.errors import add_error_handlers
 from server.engine import AsyncEngine, LLMEngine
 
 
-def create_app(engine: LLMEngine, tokenizer: Tokenizer) -> FastAPI:
+def create_app(engine: LLMEngine) -> FastAPI:
     """An application that serves `engine`, whose thread runs for the application's lifetime."""
     async_engine = AsyncEngine(engine)
 
@@ -24,13 +23,13 @@ def create_app(engine: LLMEngine, tokenizer: Tokenizer) -> FastAPI:
         async_engine.stop()
 
     app = FastAPI(title="AFT text generation", lifespan=lifespan)
-    app.state.engine, app.state.tokenizer = async_engine, tokenizer
+    app.state.engine = async_engine
     app.include_router(generate.router)
     add_error_handlers(app)
 
     @app.get("/health", responses={503: {}})
     def health() -> Response:
         """200 once the server can generate; 503 when it no longer can."""
-        return Response(status_code=200 if async_engine.is_running else 503)
+        return Response(status_code=200 if async_engine.is_ready else 503)
 
     return app

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +10,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from model.errors import ModelError
-from server.errors import GenerationError, InvalidRequestError, OverloadedError, ShuttingDownError
+from server.api.validation import validation_sentence
+from server.errors import GenerationError, InvalidRequestError, OverloadedError, RequestTimeoutError, ShuttingDownError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +19,7 @@ STATUS_AND_TYPE: dict[type[Exception], tuple[int, str]] = {
     InvalidRequestError: (422, "validation"),
     ModelError: (422, "validation"),
     OverloadedError: (429, "overloaded"),
+    RequestTimeoutError: (504, "generation"),
     GenerationError: (424, "generation"),
     ShuttingDownError: (503, "overloaded"),
 }
@@ -51,7 +50,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def on_invalid_body(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return JSONResponse({"error": validation_sentence(error.errors()), "error_type": "validation"}, 422)
+        return JSONResponse(
+            {"error": validation_sentence(error.errors(), body_prefix=1), "error_type": "validation"}, 422
+        )
 
     async def on_http_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -63,21 +64,3 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
-
-
-def validation_sentence(errors: Sequence[Any]) -> str:
-    """The first problem of a body, as a sentence that names the field."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return f"The body is not JSON: {first['ctx']['error']}."
-    field = ".".join(str(part) for part in first["loc"][1:])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"{field} is not a known parameter."
-    if first["type"] == "value_error":
-        return f"{message}."
-    shown = json.dumps(first.get("input"), default=repr)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return (
-        f"{field or 'The body'}: {message}, not {shown}." if shown != "null" else f"{field or 'The body'}: {message}."
-    )

@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 import json
 import secrets
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from model.sampling import Sampling
-from model.tokenizer import Tokenizer
-from server import engine
+from model.sampling import Grammar, SamplingParams
 from server.api.errors import error_body
 from server.api.protocol import (
     Details,
@@ -24,111 +22,136 @@ from server.api.protocol import (
     GenerateParameters,
     GenerateRequest,
     GenerateResponse,
+    GrammarParameter,
     StreamDetails,
     StreamEvent,
     Token,
 )
-from server.engine import AsyncEngine, TokenOutput
+from server.engine import AsyncEngine, FinishReason, RequestOutput, TokenOutput
+from server.engine.async_engine import RequestStream
 from server.errors import ServerError
 
 DEFAULT_MAX_NEW_TOKENS = 100
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (422, 424, 429, 500, 503)}
+ERROR_STATUSES = (422, 424, 429, 500, 503, 504)
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ERROR_STATUSES}
 
 router = APIRouter()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A request of the API, ready for the engine, and what its answer needs."""
+    """A request that the engine has taken, and what its answer needs besides."""
 
-    request: engine.Request
+    stream: RequestStream
     prefix: str  # of generated_text
     details: bool
 
-    @property
-    def seed(self) -> int | None:
-        sampling = self.request.sampling
-        return sampling.seed if sampling.do_sample else None
 
-
-def prepare(body: GenerateRequest, tokenizer: Tokenizer) -> Generation:
-    """Raises TokenizationError for text that is not Unicode."""
-    # TGI samples unless there is a parameters object; in it, any sampling parameter asks for sampling.
+async def submit(body: GenerateRequest, engine: AsyncEngine) -> Generation:
+    """Hand a request to the engine. Raises what `AsyncEngine.submit` does."""
+    # TGI samples unless there is a parameters object.
     given = body.parameters or GenerateParameters(do_sample=True)
-    prompt_ids = tokenizer.encode(body.inputs)
-    if given.truncate is not None:
-        prompt_ids = prompt_ids[-given.truncate :]
-    asks_for_sampling = any(value is not None for value in (given.temperature, given.top_k, given.top_p))
-    sampling = Sampling(
-        do_sample=bool(given.do_sample) or asks_for_sampling,
-        temperature=1.0 if given.temperature is None else given.temperature,
+    stream = await engine.submit(body.inputs, sampling_params(given), truncate=given.truncate)
+    return Generation(stream, body.inputs if given.return_full_text else "", bool(given.details))
+
+
+def sampling_params(given: GenerateParameters) -> SamplingParams:
+    """Tokens are sampled if any parameter asks for it, and the most likely ones are taken otherwise."""
+    filters = (given.temperature, given.top_k, given.top_p, given.typical_p)
+    samples = bool(given.do_sample) or any(value is not None for value in filters)
+    return SamplingParams(
+        max_tokens=_or(given.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
+        temperature=_or(given.temperature, 1.0) if samples else 0.0,
         top_k=given.top_k,
-        top_p=given.top_p,
-        seed=secrets.randbits(64) if given.seed is None else given.seed,
-    )
-    request = engine.Request(
-        request_id=uuid.uuid4().hex,
-        prompt_ids=[tokenizer.end_of_text_id, *prompt_ids],  # it ends every text, so it also starts one
-        sampling=sampling,
-        max_new_tokens=given.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        top_p=_or(given.top_p, 1.0),
+        typical_p=_or(given.typical_p, 1.0),
+        repetition_penalty=_or(given.repetition_penalty, 1.0),
+        frequency_penalty=_or(given.frequency_penalty, 0.0),
+        seed=_or(given.seed, secrets.randbits(64)),
         stop=tuple(given.stop or ()),
+        grammar=_grammar(given.grammar) if given.grammar else None,
     )
-    return Generation(request, body.inputs if given.return_full_text else "", bool(given.details))
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _grammar(given: GrammarParameter) -> Grammar:
+    if given.type == "regex":
+        assert isinstance(given.value, str)
+        return Grammar("regex", given.value)
+    return Grammar("json_schema", given.value if isinstance(given.value, str) else json.dumps(given.value))
 
 
 @router.post("/generate", response_model=GenerateResponse, responses=ERRORS)
 async def generate(body: GenerateRequest, http_request: Request) -> Response:
     """Generate text: a JSON object, or server-sent events if `stream` is true."""
-    generation = prepare(body, http_request.app.state.tokenizer)
-    if body.stream:
-        return await stream(http_request, generation)
-    return await answer(http_request, generation)
+    generation = await submit(body, http_request.app.state.engine)
+    return await (stream(generation) if body.stream else answer(http_request, generation))
 
 
 @router.post("/generate_stream", response_class=StreamingResponse, responses=ERRORS)
 async def generate_stream(body: GenerateRequest, http_request: Request) -> Response:
     """Generate text as server-sent events, one for each token."""
-    return await stream(http_request, prepare(body, http_request.app.state.tokenizer))
+    return await stream(await submit(body, http_request.app.state.engine))
 
 
 @router.post("/", response_model=list[GenerateResponse], responses=ERRORS)
 async def generate_list(body: GenerateRequest, http_request: Request) -> Response:
     """As /generate, but the JSON answer is a list of one."""
-    generation = prepare(body, http_request.app.state.tokenizer)
-    if body.stream:
-        return await stream(http_request, generation)
-    return await answer(http_request, generation, as_list=True)
+    generation = await submit(body, http_request.app.state.engine)
+    return await (stream(generation) if body.stream else answer(http_request, generation, as_list=True))
 
 
 async def answer(http_request: Request, generation: Generation, *, as_list: bool = False) -> Response:
     """The whole text as JSON. If the client leaves before it is complete, generation stops."""
-    collecting = asyncio.create_task(collect(http_request.app.state.engine, generation.request))
+    collecting = asyncio.create_task(collect(generation.stream))
     leaving = asyncio.create_task(wait_for_disconnect(http_request))
-    await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
-    if not collecting.done():
-        collecting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await collecting
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    outputs = collecting.result()
-    response = GenerateResponse(generated_text=generation.prefix + text_of(outputs))
-    finish_reason = outputs[-1].finish_reason
-    if generation.details and finish_reason is not None:
-        response.details = Details(
-            finish_reason=finish_reason,
-            generated_tokens=len(outputs),
-            seed=generation.seed,
-            tokens=[token(output) for output in outputs],
-        )
-    content = response.model_dump(exclude_none=not generation.details)
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        outputs = collecting.result()
+    finally:
+        generation.stream.close()
+        for task in (collecting, leaving):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ServerError):
+                await task
+    content = response(generation, outputs).model_dump(exclude_none=not generation.details)
     return JSONResponse([content] if as_list else content)
 
 
-async def collect(async_engine: AsyncEngine, request: engine.Request) -> list[TokenOutput]:
-    return [output async for output in async_engine.generate(request)]
+def response(generation: Generation, outputs: list[RequestOutput]) -> GenerateResponse:
+    tokens = [output.token for output in outputs if output.token]
+    result = GenerateResponse(generated_text=generation.prefix + text_of(tokens))
+    finish_reason = outputs[-1].finish_reason
+    if generation.details and finish_reason is not None:
+        request = generation.stream.request
+        result.details = details(tokens, finish_reason, request.params, request.num_cached_tokens)
+    return result
+
+
+def details(tokens: list[TokenOutput], reason: FinishReason, params: SamplingParams, n_cached: int) -> Details:
+    return Details(
+        finish_reason=reason,
+        generated_tokens=len(tokens),
+        seed=told_seed(params),
+        cached_tokens=n_cached,
+        tokens=[api_token(token) for token in tokens],
+    )
+
+
+def told_seed(params: SamplingParams) -> int | None:
+    return params.seed if params.temperature > 0 else None
+
+
+async def collect(request_stream: RequestStream) -> list[RequestOutput]:
+    return [output async for output in request_stream]
 
 
 async def wait_for_disconnect(http_request: Request) -> None:
@@ -136,42 +159,59 @@ async def wait_for_disconnect(http_request: Request) -> None:
         pass
 
 
-async def stream(http_request: Request, generation: Generation) -> Response:
+async def stream(generation: Generation) -> Response:
     """Server-sent events. An error before the first token gets its real status; a later one becomes an event."""
-    outputs = http_request.app.state.engine.generate(generation.request)
-    first = await anext(outputs)
-    events = sse_events(first, outputs, generation)
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+    outputs = aiter(generation.stream)
+    try:
+        first = await anext(outputs)
+    except BaseException:
+        generation.stream.close()
+        raise
+    return EventStream(sse_events(first, outputs, generation), generation.stream)
+
+
+class EventStream(StreamingResponse):
+    """Lets go of its request however it ends, even if the client has left before the first event."""
+
+    def __init__(self, events: AsyncIterator[bytes], request_stream: RequestStream) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        self.request_stream = request_stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.request_stream.close()
 
 
 async def sse_events(
-    first: TokenOutput, outputs: AsyncIterator[TokenOutput], generation: Generation
+    first: RequestOutput, outputs: AsyncIterator[RequestOutput], generation: Generation
 ) -> AsyncIterator[bytes]:
-    sent = []
+    sent: list[TokenOutput] = []
     try:
-        output: TokenOutput | None = first
+        output: RequestOutput | None = first
         while output is not None:
-            sent.append(output)
-            yield sse(event(sent, generation))
+            assert output.token is not None
+            sent.append(output.token)
+            yield sse(event(sent, output, generation))
             output = await anext(outputs, None)
     except ServerError as error:
         yield sse(error_body(error))
-    finally:
-        await outputs.aclose()  # type: ignore[attr-defined]
 
 
-def event(sent: list[TokenOutput], generation: Generation) -> dict[str, object]:
-    """The event of the last of the outputs `sent` so far."""
-    last = sent[-1]
-    result = StreamEvent(index=len(sent), token=token(last))
+def event(sent: list[TokenOutput], last: RequestOutput, generation: Generation) -> dict[str, object]:
+    """The event of the last of the tokens `sent` so far."""
+    result = StreamEvent(index=len(sent), token=api_token(sent[-1]))
     if last.finish_reason is not None:
         result.generated_text = generation.prefix + text_of(sent)
         if generation.details:
+            request = generation.stream.request
             result.details = StreamDetails(
                 finish_reason=last.finish_reason,
                 generated_tokens=len(sent),
-                seed=generation.seed,
-                input_length=len(generation.request.prompt_ids),
+                seed=told_seed(request.params),
+                input_length=request.num_prompt_tokens,
+                cached_tokens=request.num_cached_tokens,
             )
     return result.model_dump()
 
@@ -181,9 +221,9 @@ def sse(content: object) -> bytes:
     return f"data:{json.dumps(content, ensure_ascii=True)}\n\n".encode()
 
 
-def token(output: TokenOutput) -> Token:
-    return Token(id=output.token_id, text=output.text, logprob=output.logprob, special=output.special)
+def api_token(token: TokenOutput) -> Token:
+    return Token(id=token.token_id, text=token.text, logprob=token.logprob, special=token.special)
 
 
-def text_of(outputs: list[TokenOutput]) -> str:
-    return "".join(output.text for output in outputs if not output.special)
+def text_of(tokens: list[TokenOutput]) -> str:
+    return "".join(token.text for token in tokens if not token.special)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from server.api.validation import validation_sentence
 from server.engine import FinishReason
+from server.errors import InvalidRequestError
 
 # Accepted only with the value that changes nothing, since clients send their defaults.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "adapter_id": (None,),
     "best_of": (None, 1),
     "decoder_input_details": (None, False),
-    "frequency_penalty": (None, 0.0),
-    "grammar": (None,),
-    "repetition_penalty": (None, 1.0),
     "top_n_tokens": (None, 0),
-    "typical_p": (None,),
     "watermark": (None, False),
 }
 
@@ -29,14 +27,31 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class GrammarParameter(Body):
+    """value: a regular expression, or a JSON schema as an object or as text."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: str | dict[str, Any]
+
+    @model_validator(mode="after")
+    def _regex_is_text(self) -> Self:
+        if self.type == "regex" and not isinstance(self.value, str):
+            raise ValueError("grammar.value must be a string for a regex")
+        return self
+
+
 class GenerateParameters(Body):
     """Every field may be null, which means its default."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="100 if not given")
-    do_sample: bool | None = Field(None, description="Implied by temperature, top_k or top_p")
+    do_sample: bool | None = Field(None, description="Implied by temperature, top_k, top_p or typical_p")
     temperature: Annotated[FiniteFloat, Field(gt=0)] | None = None
     top_k: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     top_p: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
+    typical_p: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
+    grammar: GrammarParameter | None = Field(None, description="What the text must match")
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     stop: Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES)] | None = Field(
         None, description="Generation ends before the first of these strings"
@@ -47,11 +62,7 @@ class GenerateParameters(Body):
     adapter_id: Any = None
     best_of: Any = None
     decoder_input_details: Any = None
-    frequency_penalty: Any = None
-    grammar: Any = None
-    repetition_penalty: Any = None
     top_n_tokens: Any = None
-    typical_p: Any = None
     watermark: Any = None
 
     @model_validator(mode="after")
@@ -71,6 +82,14 @@ class GenerateRequest(Body):
     stream: bool | None = None
 
 
+def parse_generate_request(fields: object) -> GenerateRequest:
+    """Raises InvalidRequestError, in a sentence that names the field."""
+    try:
+        return GenerateRequest.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidRequestError(validation_sentence(error.errors())) from error
+
+
 class Token(BaseModel):
     """logprob in nats, of the model itself, before temperature and filters."""
 
@@ -84,6 +103,7 @@ class Details(BaseModel):
     finish_reason: FinishReason
     generated_tokens: int
     seed: int | None
+    cached_tokens: int = Field(description="Tokens of the inputs whose state was cached, and which were not read again")
     prefill: list[Token] = []
     tokens: list[Token]
 
@@ -98,6 +118,7 @@ class StreamDetails(BaseModel):
     generated_tokens: int
     seed: int | None
     input_length: int
+    cached_tokens: int
 
 
 class StreamEvent(BaseModel):

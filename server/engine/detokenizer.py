@@ -9,13 +9,14 @@ from collections.abc import Sequence
 class Detokenizer:
     """`append` bytes of each token and send what it returns; `finish` returns what is left.
 
-    All returned pieces together are the decoded text, cut before the first stop string.
+    All returned pieces together are the decoded text, cut before the first stop string, or after it with include_stop.
     stopped_by: the stop string that was found, if any.
     """
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = [string for string in stop if string]
+        self._include_stop = include_stop
         self._pending = ""
         self.stopped_by: str | None = None
 
@@ -36,6 +37,7 @@ class Detokenizer:
         if found:
             # The earliest one wins, and of several there the shortest: it was complete first.
             end, self.stopped_by = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
+            end += len(self.stopped_by) if self._include_stop else 0
         else:
             end = len(self._pending) - self._held_back()
         released, self._pending = self._pending[:end], self._pending[end:]

@@ -1,122 +1,242 @@
-"""The synchronous engine: every running request advances by one token in one batched step of the model."""
+"""The synchronous engine: continuous batching over states of constant size."""
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from model.sampling import log_probability
+from model.checkpoint import fingerprint
+from model.sampling import Sampler
 from model.state import AFTState
-from model.tokenizer import END_OF_TEXT, Tokenizer
+from model.tokenizer import Tokenizer
 from model.transformer import AFTForCausalLM
-from server.engine.request import FinishReason, Request, TokenOutput
-from server.errors import GenerationError, InvalidRequestError, OverloadedError
-
-PREFILL_CHUNK = 2048  # tokens of a prompt read at a time, which bounds the memory of a prefill
-
-Outputs = list[tuple[str, TokenOutput | GenerationError]]  # by request id
+from server.engine.config import EngineConfig
+from server.engine.detokenizer import Detokenizer
+from server.engine.prefix_cache import PrefixCache, Snapshot
+from server.engine.request import FinishReason, Request, RequestOutput, Sequence
+from server.engine.scheduler import Scheduler
+from server.engine.state_pool import StatePool
+from server.engine.token_processor import TokenProcessor, failure, prompt_logprobs
+from server.errors import InvalidRequestError, RequestTimeoutError, ServerError
 
 
 class LLMEngine:
-    """Not thread-safe: one thread calls everything.
+    """`add_request`, then `step` until there is no more work. Not thread-safe: one thread calls everything.
 
-    Between steps, row i of `_state` belongs to `_running[i]`, and its last token is still to be read.
+    A step decodes one token of every running text in one batch, and reads chunks of prompts within the budget.
+    Row i of the pool is the state of `_running[i]` before its last token.
     """
 
     def __init__(
-        self, model: AFTForCausalLM, tokenizer: Tokenizer, *, max_num_seqs: int = 32, max_queue_length: int = 256
+        self,
+        model: AFTForCausalLM,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_num_seqs, self.max_queue_length = max_num_seqs, max_queue_length
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._state: AFTState | None = None
+        self.config = config or EngineConfig()
+        self._clock = clock
+        empty = model.init_state(1)
+        n_slots = min(self.config.max_num_seqs, StatePool.slots_within(empty, self.config.state_memory))
+        self.pool = StatePool(empty, n_slots)
+        self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes, fingerprint(model))
+        self._processor = TokenProcessor(tokenizer)
+        self.scheduler = Scheduler(
+            n_slots=n_slots,
+            chunk_size=self.config.chunk_size,
+            max_num_batched_tokens=self.config.batched_tokens,
+        )
+        self._running: list[Sequence] = []
+        self._read_so_far: dict[Request, Snapshot] = {}  # after [0, num_computed_tokens) of prompts being read
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._running or self.scheduler.num_reading or self.scheduler.num_waiting)
 
-    def add_request(self, request: Request) -> None:
-        """Queue a request. Raises OverloadedError if the queue is full, InvalidRequestError if it can never run."""
-        if len(self._waiting) >= self.max_queue_length:
-            raise OverloadedError(f"The queue is full: {self.max_queue_length} requests are waiting already.")
+    @property
+    def num_running(self) -> int:
+        """Texts being decoded."""
+        return len(self._running)
+
+    def check_request(self, request: Request) -> None:
+        """Raises InvalidRequestError or SamplingError if the request can never run. May be called from any thread."""
+        params = request.params
+        params.check_vocabulary(self.model.config.vocab_size)
+        if not request.prompt_ids:
+            raise InvalidRequestError("The prompt must have at least one token.")
+        if params.n_generated > self.scheduler.n_slots:
+            raise InvalidRequestError(
+                f"n and best_of must be at most {self.scheduler.n_slots}, the texts that this server decodes at a "
+                f"time, not {params.n_generated}."
+            )
         limit = self.model.config.context_limit
-        total = len(request.prompt_ids) + request.max_new_tokens
+        total = request.num_prompt_tokens + max(params.max_tokens, 1) - 1  # the last token is never read
         if limit is not None and total > limit:
             raise InvalidRequestError(
-                f"inputs of {len(request.prompt_ids)} tokens and max_new_tokens of {request.max_new_tokens} make "
-                f"{total}, but this model reads at most {limit} tokens."
+                f"A prompt of {request.num_prompt_tokens} tokens and {params.max_tokens} new ones make {total} to "
+                f"read, but this model reads at most {limit}."
             )
-        self._waiting.append(request)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises as `check_request`."""
+        self.check_request(request)
+        self.scheduler.add(request, self._clock())
 
     def abort_request(self, request_id: str) -> None:
-        """Drop a request, waiting or running; its place is free at the next step."""
-        self._waiting = deque(request for request in self._waiting if request.request_id != request_id)
-        self._keep([i for i, request in enumerate(self._running) if request.request_id != request_id])
+        """Drop a request wherever it is. Its slots are free at once."""
+        self._remove(lambda request: request.request_id == request_id)
 
     @torch.inference_mode()
-    def step(self) -> Outputs:
-        """Read the prompts of requests that there is room for, and generate one token for each running request.
-
-        A request that fails ends with a GenerationError among the outputs; the others go on.
-        """
-        outputs: Outputs = []
+    def step(self) -> list[RequestOutput]:
+        """Advance every running text by a token and some prompts by a chunk. What fails ends with an error output."""
+        outputs = self._expire()
         if self._running:
-            assert self._state is not None
-            token_ids = torch.tensor([request.last_token_id for request in self._running], device=self.model.device)
-            logits, self._state = self.model.step(token_ids, self._state)
-            outputs += self._advance(logits.cpu())
-        while self._waiting and len(self._running) < self.max_num_seqs:
-            outputs += self._start(self._waiting.popleft())
+            outputs += self._decode()
+        for request in self.scheduler.admit():
+            self._find_prefix(request)
+        for request, end in list(self.scheduler.chunks(self.num_running)):
+            try:
+                outputs += self._read(request, end)
+            except Exception as problem:
+                outputs.append(self._fail(request, failure(problem)))
         return outputs
 
-    def _start(self, request: Request) -> Outputs:
-        """Read a prompt, generate the first token, and join the batch."""
-        prompt = torch.tensor([request.prompt_ids], device=self.model.device)
-        state: AFTState | None = None
-        for chunk in torch.split(prompt, PREFILL_CHUNK, 1):
-            logits, state = self.model.prefill(chunk, state)
-        assert state is not None
-        output = self._next_output(request, logits[0].cpu())
-        if not _is_last(output):
-            self._running.append(request)
-            self._state = AFTState.concatenate([self._state, state]) if self._state else state
-        return [(request.request_id, output)]
+    def _expire(self) -> list[RequestOutput]:
+        now = self._clock()
+        expired = self._remove(lambda request: request.deadline <= now)
+        error = RequestTimeoutError("The request was not done by its deadline.")
+        return [RequestOutput(request.request_id, error=error) for request in expired]
 
-    def _advance(self, logits: Tensor) -> Outputs:
-        """A token for each running request from logits [B, V]; those that end leave the batch."""
-        outputs = [self._next_output(request, row) for request, row in zip(self._running, logits, strict=True)]
-        ids = [request.request_id for request in self._running]
-        self._keep([i for i, output in enumerate(outputs) if not _is_last(output)])
-        return list(zip(ids, outputs, strict=True))
+    # Reading prompts
 
-    def _next_output(self, request: Request, logits: Tensor) -> TokenOutput | GenerationError:
-        try:
-            token_id = request.sampler.next_token(logits)
-        except ValueError as error:
-            return GenerationError(str(error))
-        request.n_generated += 1
-        request.last_token_id = token_id
-        logprob = log_probability(logits, token_id)
-        if token_id == self.tokenizer.end_of_text_id:
-            # Text held back as the possible start of a stop string must not be lost; it goes out with this token.
-            tail = request.detokenizer.finish()
-            return TokenOutput(token_id, tail or END_OF_TEXT, logprob, not tail, FinishReason.END_OF_TEXT)
-        text = request.detokenizer.append(self.tokenizer.token_bytes[token_id])
-        if request.detokenizer.stopped_by is not None:
-            return TokenOutput(token_id, text, logprob, False, FinishReason.STOP_SEQUENCE)
-        if request.n_generated == request.max_new_tokens:
-            text += request.detokenizer.finish()
-            return TokenOutput(token_id, text, logprob, False, FinishReason.LENGTH)
-        return TokenOutput(token_id, text, logprob, False)
+    def _find_prefix(self, request: Request) -> None:
+        """Go on from the longest cached prefix. Log-probabilities of the prompt need all of it read."""
+        if request.params.prompt_logprobs is not None:
+            request.prompt_logprobs.append(None)
+            return
+        multiple_of = self.config.chunk_size if self.config.batch_invariant else 1
+        n_cached, snapshot = self.prefix_cache.match(request.prompt_ids, request.cache_salt, multiple_of)
+        if snapshot is not None:
+            request.num_computed_tokens = request.num_cached_tokens = n_cached
+            self._read_so_far[request] = snapshot
 
-    def _keep(self, rows: list[int]) -> None:
-        if len(rows) < len(self._running):
-            self._running = [self._running[i] for i in rows]
-            self._state = self._state.select(rows) if self._state and rows else None
+    def _read(self, request: Request, end: int) -> list[RequestOutput]:
+        """Read the prompt up to token `end`; if that is all of it, the texts start."""
+        start, before = request.num_computed_tokens, self._read_so_far.pop(request, None)
+        if start < end:
+            after = self._read_chunk(request, start, end, before.state if before else None)
+            request.num_computed_tokens = end
+            self._remember(request, request.prompt_ids[:end], after)
+        else:
+            assert before is not None
+            after = before
+        if end < request.num_prompt_tokens:
+            self._read_so_far[request] = after
+            return []
+        self.scheduler.finish_reading(request)
+        return self._start_texts(request, after)
 
+    def _read_chunk(self, request: Request, start: int, end: int, state: AFTState | None) -> Snapshot:
+        token_ids = torch.tensor([request.prompt_ids[start:end]], device=self.model.device)
+        hidden, state = self.model.hidden(token_ids, state)
+        n_top = request.params.prompt_logprobs
+        if n_top is not None:
+            following = request.prompt_ids[start + 1 : end + 1]
+            logits = self.model.logits(hidden[0, : len(following)]).cpu()
+            request.prompt_logprobs += prompt_logprobs(logits, following, n_top)
+        is_all = end == request.num_prompt_tokens
+        return Snapshot(state.clone(), self.model.logits(hidden[0, -1]).cpu() if is_all else None)
 
-def _is_last(output: TokenOutput | GenerationError) -> bool:
-    return isinstance(output, GenerationError) or output.finish_reason is not None
+    def _start_texts(self, request: Request, prompt: Snapshot) -> list[RequestOutput]:
+        """Fork the state after the prompt for every text, and choose the first token of each."""
+        n = request.params.n_generated
+        if request.params.max_tokens == 0:
+            self.scheduler.free_slots(n)
+            return [RequestOutput(request.request_id, i, finish_reason=FinishReason.LENGTH) for i in range(n)]
+        assert prompt.logits is not None
+        first_row = self.num_running
+        for index in range(n):
+            self.pool.append(prompt.state)
+            self._running.append(self._new_sequence(request, index))
+        return self._advance(first_row, prompt.logits.expand(n, -1))
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        params = request.params
+        return Sequence(
+            request,
+            index,
+            Sampler(params, request.prompt_ids, self.model.config.vocab_size, self.tokenizer.end_of_text_id, index),
+            Detokenizer(params.stop, include_stop=params.include_stop),
+            request.matcher.copy() if request.matcher else None,
+        )
+
+    # Decoding
+
+    def _decode(self) -> list[RequestOutput]:
+        n_rows = self.pool.n_slots if self.config.batch_invariant else self.num_running
+        last_ids = [sequence.token_ids[-1] for sequence in self._running]
+        last_ids += [0] * (n_rows - self.num_running)
+        logits, states = self.model.step(torch.tensor(last_ids, device=self.model.device), self.pool.view(n_rows))
+        self.pool.write(states)
+        return self._advance(0, logits[: self.num_running].cpu())
+
+    def _advance(self, first_row: int, logits: Tensor) -> list[RequestOutput]:
+        """Choose a token for each running text from `first_row` on, by logits [R, V], and let go those that end."""
+        outputs = self._processor.process(self._running[first_row:], logits)
+        failed: dict[str, RequestOutput] = {}
+        for i in reversed(range(len(outputs))):  # removing a row moves the last one: rows before it stay
+            output, sequence = outputs[i], self._running[first_row + i]
+            if output.error is not None:
+                failed[output.request_id] = output
+            elif output.finish_reason is not None:
+                self._remember_text(sequence, first_row + i, logits[i])
+                self._release(first_row + i)
+        for output in failed.values():
+            self._remove(lambda request, failed=output.request_id: request.request_id == failed)  # type: ignore[misc]
+        return [output for output in outputs if output.request_id not in failed] + list(failed.values())
+
+    # Ends
+
+    def _release(self, row: int) -> None:
+        """Give up the row and the slot of a running text; the last row takes its place."""
+        self.pool.remove(row)
+        last = self._running.pop()
+        if row < len(self._running):
+            self._running[row] = last
+        self.scheduler.free_slots(1)
+
+    def _remove(self, should_go: Callable[[Request], bool]) -> list[Request]:
+        """Drop requests wherever they are."""
+        removed = self.scheduler.remove(should_go)
+        for request in removed:
+            self._read_so_far.pop(request, None)
+        for row in reversed(range(self.num_running)):
+            request = self._running[row].request
+            if should_go(request):
+                self._release(row)
+                if request not in removed:
+                    removed.append(request)
+        return removed
+
+    def _fail(self, request: Request, error: ServerError) -> RequestOutput:
+        self._remove(lambda other: other is request)
+        return RequestOutput(request.request_id, error=error)
+
+    # The prefix cache
+
+    def _remember(self, request: Request, token_ids: list[int], snapshot: Snapshot) -> None:
+        if self.config.prefix_cache_bytes:
+            self.prefix_cache.put(token_ids, snapshot, request.cache_salt)
+
+    def _remember_text(self, sequence: Sequence, row: int, logits: Tensor) -> None:
+        """At the end of a text: a next turn goes on from here. The last token was chosen, but not read."""
+        n_read = len(sequence.token_ids) - 1
+        # A batch-invariant engine must not go on from a state that was decoded where another run would read a prompt.
+        if n_read and self.config.prefix_cache_bytes and not self.config.batch_invariant:
+            token_ids = sequence.request.prompt_ids + sequence.token_ids[:n_read]
+            self._remember(sequence.request, token_ids, Snapshot(self.pool.snapshot(row), logits.clone()))

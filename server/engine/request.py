@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from model.sampling import Sampler, Sampling
+from model.sampling import Sampler, SamplingParams
 from server.engine.detokenizer import Detokenizer
+from server.engine.structured_output import Matcher
+from server.errors import ServerError
 
 
 class FinishReason(StrEnum):
@@ -15,34 +18,79 @@ class FinishReason(StrEnum):
     STOP_SEQUENCE = "stop_sequence"
 
 
+TopLogprobs = tuple[tuple[int, float], ...]  # token id and log-probability, most likely first
+
+
 @dataclass(frozen=True)
 class TokenOutput:
     """One generated token. text is what it adds to the stream, which may be nothing yet, or more than the token.
 
-    logprob in nats, of the model itself, before temperature and filters; finish_reason on the last token only.
+    logprob in nats, of the model itself, before temperature and filters. A special token is not part of the text.
     """
 
     token_id: int
     text: str
     logprob: float
     special: bool
+    top_logprobs: TopLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class PromptLogprob:
+    """Log-probability in nats of a prompt token, given those before it."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: TopLogprobs
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step adds to text `index` of a request: a token, its end, or (for the whole request) an error."""
+
+    request_id: str
+    index: int = 0
+    token: TokenOutput | None = None
     finish_reason: FinishReason | None = None
+    error: ServerError | None = None
 
 
-@dataclass
+@dataclass(eq=False)
+class Sequence:
+    """One of the texts that a request asks for."""
+
+    request: Request
+    index: int
+    sampler: Sampler
+    detokenizer: Detokenizer
+    matcher: Matcher | None
+    token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Request:
-    """A sequence to be generated, and how far it has come."""
+    """A prompt, what to generate from it, and how far it has come.
+
+    priority     each step of it is worth as much as having waited PRIORITY_SECONDS longer; smaller goes first
+    deadline     time.monotonic() at which the request fails, wherever it is
+    cache_salt   requests share cached prefixes only with those of the same salt
+    matcher      compiled from params.grammar; each text goes on from a copy
+
+    Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
+    """
 
     request_id: str
     prompt_ids: list[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 100
-    stop: tuple[str, ...] = ()
-    n_generated: int = field(default=0, init=False)
-    last_token_id: int = field(default=-1, init=False)
-    sampler: Sampler = field(init=False)
-    detokenizer: Detokenizer = field(init=False)
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    deadline: float = math.inf
+    cache_salt: str = ""
+    matcher: Matcher | None = None
+    num_computed_tokens: int = field(default=0, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, init=False)
+    sequences: list[Sequence] = field(default_factory=list, init=False)  # those not yet ended
 
-    def __post_init__(self) -> None:
-        self.sampler = Sampler(self.sampling)
-        self.detokenizer = Detokenizer(self.stop)
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)

@@ -154,6 +154,7 @@ def test_a_new_model_predicts_almost_uniformly() -> None:
     assert abs(float(nats) - math.log(400)) < 0.1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own modules
 def test_compiled_forward_equals_eager() -> None:
     model = random_model(tiny_config())
     tokens = token_ids(2, 100)

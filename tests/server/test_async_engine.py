@@ -1,64 +1,136 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
 
 from model import Tokenizer
-from server.engine import AsyncEngine, LLMEngine, Request
-from server.errors import GenerationError, OverloadedError, ShuttingDownError
+from model.errors import ModelError
+from model.sampling import Grammar, SamplingParams
+from server.engine import AsyncEngine, EngineConfig, LLMEngine
+from server.engine.async_engine import LONG_PROMPT, RequestStream
+from server.errors import (
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestTimeoutError,
+    ServerError,
+    ShuttingDownError,
+)
 from tests.conftest import random_model, tiny_config
+
+FIVE = SamplingParams(temperature=0, max_tokens=5)
+ENDLESS = SamplingParams(temperature=0, max_tokens=10**9, ignore_eos=True)
 
 
 @contextmanager
-def running(tokenizer: Tokenizer, **options: int) -> Iterator[AsyncEngine]:
-    engine = AsyncEngine(LLMEngine(random_model(tiny_config()), tokenizer, **options))
+def running(tokenizer: Tokenizer, **options: Any) -> Iterator[AsyncEngine]:
+    engine = AsyncEngine(LLMEngine(random_model(tiny_config()), tokenizer, EngineConfig(**options)))
     engine.start()
     yield engine
-    if engine.is_running:
+    if engine.is_ready:
         engine.stop()
 
 
-def request(name: str, max_new_tokens: int = 5) -> Request:
-    return Request(name, prompt_ids=[1, 10, 11], max_new_tokens=max_new_tokens)
+def in_engine(tokenizer: Tokenizer, main: Callable[[AsyncEngine], Coroutine[Any, Any, None]], **options: Any) -> None:
+    with running(tokenizer, **options) as engine:
+        asyncio.run(main(engine))
+        assert engine.num_requests == 0
+    assert engine.engine.scheduler.n_free_slots == engine.engine.pool.n_slots
 
 
-async def ids(outputs: AsyncIterator[object]) -> list[int]:
-    return [output.token_id async for output in outputs]  # type: ignore[attr-defined]
+async def ids(stream: RequestStream) -> list[int]:
+    try:
+        return [output.token.token_id async for output in stream if output.token]
+    finally:
+        stream.close()
+
+
+async def generate(engine: AsyncEngine, params: SamplingParams = FIVE, **options: Any) -> list[int]:
+    return await ids(await engine.submit("the fox", params, **options))
 
 
 def test_many_requests_at_once(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        results = await asyncio.gather(*(ids(engine.generate(request(f"{i}"))) for i in range(10)))
+        results = await asyncio.gather(*(generate(engine) for _ in range(10)))
         assert len(results[0]) == 5
         assert all(result == results[0] for result in results)
 
-    with running(tokenizer, max_num_seqs=4) as engine:
-        asyncio.run(main(engine))
+    in_engine(tokenizer, main, max_num_seqs=4)
 
 
-def test_closing_the_iterator_aborts(tokenizer: Tokenizer) -> None:
+def test_text_is_preceded_by_its_start_and_can_be_truncated(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        outputs = engine.generate(request("endless", max_new_tokens=10**9))
-        await anext(outputs)
-        await outputs.aclose()  # type: ignore[attr-defined]
-        assert len(await ids(engine.generate(request("next")))) == 5
+        for text in ("the fox", "the fox " * LONG_PROMPT):
+            stream = await engine.submit(text, FIVE)
+            assert stream.request.prompt_ids == [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+            stream.close()
+        stream = await engine.submit("the red fox", FIVE, truncate=1)
+        assert stream.request.prompt_ids == [tokenizer.end_of_text_id, *tokenizer.encode("the red fox")[-1:]]
+        stream.close()
+        stream = await engine.submit([7, 8], FIVE)
+        assert stream.request.prompt_ids == [7, 8]
+        stream.close()
 
-    with running(tokenizer, max_num_seqs=1) as engine:
-        asyncio.run(main(engine))
-        assert not engine.engine.has_work
+    in_engine(tokenizer, main)
 
 
-def test_a_refusal_reaches_the_caller(tokenizer: Tokenizer) -> None:
+def test_closing_frees_the_slot_within_a_step(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        with pytest.raises(OverloadedError):
-            await ids(engine.generate(request("a")))
+        stream = await engine.submit("the fox", ENDLESS)
+        await anext(aiter(stream))
+        stream.close()
+        stream.close()  # again, without effect
+        assert len(await generate(engine)) == 5
 
-    with running(tokenizer, max_queue_length=0) as engine:
-        asyncio.run(main(engine))
+    in_engine(tokenizer, main, max_num_seqs=1)
+
+
+def test_a_full_queue_refuses_before_any_work(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        streams = [await engine.submit("the fox", ENDLESS) for _ in range(3)]
+        with (
+            mock.patch.object(tokenizer, "encode", side_effect=AssertionError("tokenised")),
+            pytest.raises(OverloadedError, match="2 requests are waiting"),
+        ):
+            await generate(engine)
+        for stream in streams:
+            stream.close()
+        assert len(await generate(engine)) == 5
+
+    in_engine(tokenizer, main, max_num_seqs=1, max_queue_length=2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error"),
+    [
+        ([], FIVE, InvalidRequestError),
+        ("\ud800", FIVE, ModelError),
+        ("a", SamplingParams(n=33), InvalidRequestError),
+        ("a", SamplingParams(grammar=Grammar("regex", "(")), InvalidRequestError),
+        ("a", SamplingParams(grammar=Grammar("json_schema", "{")), InvalidRequestError),
+    ],
+)
+def test_a_refused_request_takes_no_place(
+    prompt: str | list[int], params: SamplingParams, error: type[Exception], tokenizer: Tokenizer
+) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        with pytest.raises(error):
+            await engine.submit(prompt, params)
+
+    in_engine(tokenizer, main)
+
+
+def test_a_request_past_its_deadline_ends_with_an_error(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        with pytest.raises(RequestTimeoutError):
+            await generate(engine, ENDLESS, timeout=0.05)
+
+    in_engine(tokenizer, main)
 
 
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine(tokenizer: Tokenizer) -> None:
@@ -67,22 +139,49 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(tokenizer: Token
             mock.patch.object(engine.engine, "step", side_effect=RuntimeError("broken")),
             pytest.raises(GenerationError, match=r"^Generation failed in the server\.$"),
         ):
-            await ids(engine.generate(request("a")))
-        assert len(await ids(engine.generate(request("b")))) == 5
+            await generate(engine)
+        assert len(await generate(engine)) == 5
 
-    with running(tokenizer) as engine:
-        asyncio.run(main(engine))
+    in_engine(tokenizer, main)
 
 
-def test_stopping_ends_what_runs_and_refuses_more(tokenizer: Tokenizer) -> None:
+def test_several_texts_end_one_by_one(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        outputs = engine.generate(request("endless", max_new_tokens=10**9))
-        await anext(outputs)
-        await asyncio.to_thread(engine.stop)
-        with pytest.raises(ShuttingDownError):
-            await ids(outputs)
-        with pytest.raises(ShuttingDownError):
-            await ids(engine.generate(request("late")))
+        params = SamplingParams(n=3, max_tokens=200, temperature=4.0, seed=2)
+        stream = await engine.submit("the fox", params)
+        ended = [output.index async for output in stream if output.finish_reason]
+        assert sorted(ended) == [0, 1, 2]
+        stream.close()
 
-    with running(tokenizer) as engine:
-        asyncio.run(main(engine))
+    in_engine(tokenizer, main)
+
+
+def test_draining_lets_running_requests_end_and_takes_no_more(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        running = asyncio.create_task(generate(engine, SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)))
+        await asyncio.sleep(0.01)
+        draining = asyncio.create_task(engine.drain(timeout=30))
+        await asyncio.sleep(0.01)
+        assert not engine.is_ready
+        with pytest.raises(ShuttingDownError):
+            await generate(engine)
+        await draining
+        assert len(await running) == 300
+        engine.stop()
+
+    in_engine(tokenizer, main)
+
+
+def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        stream = await engine.submit("the fox", ENDLESS)
+        outputs = aiter(stream)
+        await anext(outputs)
+        await engine.drain(timeout=0.05)
+        await asyncio.to_thread(engine.stop)
+        with pytest.raises(ServerError, match="shutting down"):
+            async for _ in outputs:
+                pass
+        stream.close()
+
+    in_engine(tokenizer, main)

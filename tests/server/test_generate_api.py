@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ from fastapi.testclient import TestClient
 
 from model import Tokenizer, load_checkpoint
 from model.generate import generate
-from model.sampling import Sampling
+from model.sampling import SamplingParams
 from server.api.app import create_app
-from server.engine import LLMEngine
+from server.engine import EngineConfig, LLMEngine
 
 
 @pytest.fixture(scope="module")
 def client(checkpoint: Path) -> Iterator[TestClient]:
     model, tokenizer = load_checkpoint(checkpoint)
-    with TestClient(create_app(LLMEngine(model, tokenizer), tokenizer), raise_server_exceptions=False) as client:
+    with TestClient(create_app(LLMEngine(model, tokenizer)), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -44,7 +45,7 @@ def events(response: httpx2.Response) -> list[dict[str, Any]]:
 def greedy_ids(checkpoint: Path, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
     model, _ = load_checkpoint(checkpoint)
     end = tokenizer.end_of_text_id
-    return list(generate(model, [end, *tokenizer.encode(text)], Sampling(), n, end))
+    return list(generate(model, [end, *tokenizer.encode(text)], SamplingParams(temperature=0, max_tokens=n), end))
 
 
 def test_greedy_text_is_the_models(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> None:
@@ -61,6 +62,7 @@ def test_details(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> 
         "finish_reason": "length",
         "generated_tokens": 12,
         "seed": None,
+        "cached_tokens": details["cached_tokens"],
         "prefill": [],
     }
     assert [token["id"] for token in details["tokens"]] == greedy_ids(checkpoint, tokenizer, "The fox", 12)
@@ -79,7 +81,7 @@ def test_stream(path: str, client: TestClient) -> None:
     assert all(event["generated_text"] is None and event["details"] is None for event in stream[:-1])
     assert stream[-1]["generated_text"] == whole["generated_text"]
     details = stream[-1]["details"]
-    assert details.pop("input_length") > 2
+    assert details.pop("input_length") == details.pop("cached_tokens") > 2  # the same inputs were read just before
     assert details == {"finish_reason": "length", "generated_tokens": 9, "seed": 3}
 
 
@@ -164,7 +166,17 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ({"inputs": "a", "parameters": {"stop": [""]}}, "parameters.stop.0: String should have at least 1"),
         ({"inputs": "a", "parameters": {"best_of": 2}}, "best_of is not supported by this server; leave it out."),
         ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id is not supported by this server"),
-        ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "grammar is not supported by this server"),
+        ({"inputs": "a", "parameters": {"typical_p": 1.0}}, "parameters.typical_p: Input should be less than 1"),
+        ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "parameters.repetition_penalty: Input should be"),
+        ({"inputs": "a", "parameters": {"frequency_penalty": 2.5}}, "parameters.frequency_penalty: Input should be"),
+        ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "parameters.grammar.value: Field required"),
+        ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": {}}}}, "grammar.value must be a string"),
+        ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": "("}}}, "grammar is not a valid regex"),
+        ({"inputs": "a", "parameters": {"grammar": {"type": "json", "value": "{"}}}, "grammar is not a JSON schema"),
+        (
+            {"inputs": "a", "parameters": {"grammar": {"type": "json", "value": {"type": "poem"}}}},
+            "grammar is not a valid json_schema",
+        ),
     ],
 )
 def test_bad_bodies_are_refused_with_the_field_named(body: dict[str, Any], sentence: str, client: TestClient) -> None:
@@ -197,16 +209,37 @@ def test_unknown_paths_and_methods_answer_in_the_same_shape(client: TestClient) 
         assert set(response.json()) == {"error", "error_type"}
 
 
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        ({"type": "regex", "value": "(red|blue) fox(, [a-z]{3})*"}, r"(red|blue) fox(, [a-z]{3})*"),
+        ({"type": "json", "value": {"type": "array", "items": {"enum": ["é", 2]}, "maxItems": 3}}, r"\[.*\]"),
+    ],
+)
+def test_grammar(grammar: dict[str, Any], pattern: str, client: TestClient) -> None:
+    parameters = {"max_new_tokens": 200, "grammar": grammar, "temperature": 2.0, "seed": 4, "details": True}
+    body = post(client, inputs="The fox", parameters=parameters).json()
+    assert body["details"]["finish_reason"] == "eos_token"
+    assert re.fullmatch(pattern, body["generated_text"])
+    if grammar["type"] == "json":
+        assert set(json.loads(body["generated_text"])) <= {"é", 2}
+
+
 def test_health(client: TestClient) -> None:
     assert client.get("/health").status_code == 200
 
 
 def test_a_full_queue_answers_429_with_retry_after(checkpoint: Path) -> None:
     model, tokenizer = load_checkpoint(checkpoint)
-    app = create_app(LLMEngine(model, tokenizer, max_queue_length=0), tokenizer)
+    app = create_app(LLMEngine(model, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=0)))
     with TestClient(app) as client:
+        assert post(client, inputs="The fox").status_code == 200
+        assert client.portal is not None
+        occupied = client.portal.call(app.state.engine.submit, "The fox", SamplingParams(max_tokens=10**9))
         for stream in (False, True):
             response = post(client, inputs="The fox", stream=stream)
             assert response.status_code == 429
             assert response.json()["error_type"] == "overloaded"
             assert int(response.headers["retry-after"]) >= 1
+        occupied.close()
+        assert post(client, inputs="The fox").status_code == 200

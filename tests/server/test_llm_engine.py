@@ -1,152 +1,392 @@
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections import defaultdict
 from unittest import mock
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from model import AFTForCausalLM, Tokenizer
 from model.config import Variant
 from model.generate import generate
-from model.sampling import Sampling
-from server.engine import FinishReason, LLMEngine, Request, TokenOutput
-from server.errors import GenerationError, InvalidRequestError, OverloadedError
-from tests.conftest import VARIANTS, random_model, tiny_config
+from model.sampling import Grammar, SamplingError, SamplingParams
+from server.engine import EngineConfig, FinishReason, LLMEngine, Request, RequestOutput
+from server.engine.structured_output import GrammarCompiler
+from server.errors import GenerationError, InvalidRequestError, RequestTimeoutError
+from tests.conftest import STORIES, VARIANTS, random_model, tiny_config
+
+WORDS = Tokenizer.train(STORIES * 3, vocab_size=400)
+MODELS: dict[Variant, AFTForCausalLM] = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
+MODEL = MODELS["conv"]
+SMALL = EngineConfig(max_num_seqs=4, chunk_size=8)
 
 
-def request(name: str, n_prompt: int = 3, **fields: object) -> Request:
-    return Request(name, prompt_ids=[1, *range(10, 10 + n_prompt)], **fields)  # type: ignore[arg-type]
+def request(name: str = "a", n_prompt: int = 3, **fields: object) -> Request:
+    params = SamplingParams(**({"temperature": 0.0} | fields))  # type: ignore[arg-type]
+    return Request(name, prompt_ids=[1, *range(10, 10 + n_prompt)], params=params)
 
 
-def run(engine: LLMEngine, arrivals: dict[int, list[Request]] | None = None) -> dict[str, list[TokenOutput]]:
-    """Step until all is done; arrivals[i] are added before step i."""
-    arrivals = dict(arrivals or {})
-    results: dict[str, list[TokenOutput]] = defaultdict(list)
-    step = 0
-    while engine.has_work or arrivals:
-        for arriving in arrivals.pop(step, []):
-            engine.add_request(arriving)
-        for name, output in engine.step():
-            assert isinstance(output, TokenOutput)
-            results[name].append(output)
-        step += 1
+def run(engine: LLMEngine, *requests: Request) -> dict[tuple[str, int], list[RequestOutput]]:
+    """Outputs by request and text."""
+    for one in requests:
+        engine.add_request(one)
+    results: dict[tuple[str, int], list[RequestOutput]] = defaultdict(list)
+    while engine.has_work:
+        for output in engine.step():
+            results[output.request_id, output.index].append(output)
+    assert_idle(engine)
     return results
 
 
-def alone(model: AFTForCausalLM, tokenizer: Tokenizer, one: Request) -> list[int]:
-    return list(generate(model, one.prompt_ids, one.sampling, one.max_new_tokens, tokenizer.end_of_text_id))
+def assert_idle(engine: LLMEngine) -> None:
+    assert engine.scheduler.n_free_slots == engine.pool.n_slots
+    assert len(engine.pool) == 0
+    assert not engine._read_so_far
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[int]:
+    return [output.token.token_id for output in outputs if output.token]
+
+
+def text(outputs: list[RequestOutput]) -> str:
+    return "".join(output.token.text for output in outputs if output.token and not output.token.special)
+
+
+def alone(one: Request, model: AFTForCausalLM = MODEL, index: int = 0) -> list[int]:
+    params = dataclasses.replace(one.params, seed=one.params.seed + index)
+    return list(generate(model, one.prompt_ids, params, WORDS.end_of_text_id))
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Any schedule of arrivals, steps, cancellations, deadlines and prefix hits gives what `generate` gives alone."""
+
+    @initialize(
+        variant=st.sampled_from(VARIANTS), n_slots=st.integers(1, 5), chunk=st.integers(1, 9), cache=st.booleans()
+    )
+    def start(self, variant: Variant, n_slots: int, chunk: int, cache: bool) -> None:
+        self.model, self.now = MODELS[variant], 0.0
+        config = EngineConfig(max_num_seqs=n_slots, chunk_size=chunk, prefix_cache_bytes=2**20 if cache else 0)
+        self.engine = LLMEngine(self.model, WORDS, config, clock=lambda: self.now)
+        self.live: dict[str, Request] = {}
+        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.ended: set[tuple[str, int]] = set()
+        self.expected: dict[tuple[str, int], list[int]] = {}
+        self.n_requests = 0
+
+    @rule(
+        n_prompt=st.integers(1, 30),
+        letter=st.integers(10, 11),
+        max_tokens=st.integers(0, 12),
+        temperature=st.sampled_from([0.0, 0.0, 1.0, 4.0]),
+        n=st.integers(1, 3),
+        priority=st.integers(-1, 1),
+        deadline=st.sampled_from([float("inf"), 6.0]),
+    )
+    def arrive(
+        self, n_prompt: int, letter: int, max_tokens: int, temperature: float, n: int, priority: int, deadline: float
+    ) -> None:
+        """Prompts are runs of one of two tokens, so that most of them share prefixes."""
+        params = SamplingParams(
+            n=min(n, self.engine.pool.n_slots), max_tokens=max_tokens, temperature=temperature, seed=self.n_requests
+        )
+        name, self.n_requests = f"{self.n_requests}", self.n_requests + 1
+        one = Request(name, [1, *[letter] * n_prompt], params, priority=priority, deadline=self.now + deadline)
+        self.engine.add_request(one)
+        self.live[name] = one
+
+    @rule(n_steps=st.integers(1, 6))
+    def steps(self, n_steps: int) -> None:
+        for _ in range(n_steps):
+            self.now += 0.5
+            for output in self.engine.step():
+                self.receive(output)
+
+    @rule(which=st.integers(0, 30))
+    def cancel(self, which: int) -> None:
+        name = f"{which}"
+        if self.live.pop(name, None):
+            self.engine.abort_request(name)
+
+    def receive(self, output: RequestOutput) -> None:
+        one = self.live[output.request_id]  # nothing comes from what was cancelled or has ended
+        if output.error is not None:
+            assert isinstance(output.error, RequestTimeoutError)
+            assert one.deadline <= self.now
+            del self.live[output.request_id]
+            return
+        key = output.request_id, output.index
+        assert key not in self.ended
+        if output.token:
+            self.tokens[key].append(output.token.token_id)
+        expected = self.alone(one, output.index)
+        assert self.tokens[key] == expected[: len(self.tokens[key])]
+        if output.finish_reason:
+            assert self.tokens[key] == expected
+            self.ended.add(key)
+            if all((output.request_id, i) in self.ended for i in range(one.params.n)):
+                del self.live[output.request_id]
+
+    def alone(self, one: Request, index: int) -> list[int]:
+        key = one.request_id, index
+        if key not in self.expected:
+            self.expected[key] = alone(one, self.model, index)
+        return self.expected[key]
+
+    @invariant()
+    def slots_are_accounted_for(self) -> None:
+        engine = self.engine
+        reading = sum(one.params.n_generated for one in engine.scheduler._reading)
+        assert engine.scheduler.n_free_slots + reading + engine.num_running == engine.pool.n_slots
+        assert len(engine.pool) == engine.num_running
+
+    def teardown(self) -> None:
+        """All that is left ends, soon."""
+        if hasattr(self, "engine"):
+            for _ in range(2000):
+                if not self.engine.has_work:
+                    break
+                for output in self.engine.step():
+                    self.receive(output)
+            assert not self.live
+            assert_idle(self.engine)
+
+
+TestAnySchedule = EngineMachine.TestCase
+TestAnySchedule.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_ends_with_its_length_or_the_end_of_text() -> None:
+    results = run(
+        LLMEngine(MODEL, WORDS),
+        request("long", max_tokens=7),
+        request("ends", max_tokens=10_000, temperature=5.0),
+        request("none", max_tokens=0),
+    )
+    long, ends = results["long", 0], results["ends", 0]
+    assert [output.finish_reason for output in long] == [None] * 6 + [FinishReason.LENGTH]
+    assert text(long) == WORDS.decode(token_ids(long))
+    assert ends[-1].finish_reason is FinishReason.END_OF_TEXT
+    assert ends[-1].token is not None
+    assert (ends[-1].token.special, ends[-1].token.text) == (True, "<|endoftext|>")
+    assert not any(output.token.special for output in ends[:-1] if output.token)
+    assert results["none", 0] == [RequestOutput("none", finish_reason=FinishReason.LENGTH)]
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_stop_string_ends_the_text(include_stop: bool) -> None:
+    free = WORDS.decode(alone(request(max_tokens=40)))
+    stop = free[10:14]
+    outputs = run(LLMEngine(MODEL, WORDS), request(max_tokens=40, stop=(stop, "never"), include_stop=include_stop))
+    assert outputs["a", 0][-1].finish_reason is FinishReason.STOP_SEQUENCE
+    assert text(outputs["a", 0]) == free[: free.index(stop)] + (stop if include_stop else "")
+
+
+def test_stop_token_ends_the_text_and_is_no_part_of_it() -> None:
+    free = alone(request(max_tokens=40, temperature=2.0))
+    stop = next(token_id for i, token_id in enumerate(free) if i >= 5 and token_id not in free[:i])
+    outputs = run(LLMEngine(MODEL, WORDS), request(max_tokens=40, temperature=2.0, stop_token_ids=(stop,)))["a", 0]
+    assert token_ids(outputs) == free[: free.index(stop) + 1]
+    assert outputs[-1].finish_reason is FinishReason.STOP_SEQUENCE
+    assert text(outputs) == WORDS.decode(free[: free.index(stop)])
+
+
+def test_text_held_back_for_a_stop_string_is_sent_when_the_text_ends() -> None:
+    """The model says "a", then ends; the stop string begins with "a"."""
+    (letter,) = WORDS.encode("a")
+    bias = {letter: 1000.0}
+    one = request(stop=("ab",), logit_bias=bias, frequency_penalty=2000.0, allowed_token_ids=(letter, 1))
+    outputs = run(LLMEngine(MODEL, WORDS), one)["a", 0]
+    assert [output.token.text for output in outputs if output.token] == ["", "a"]
+    assert text(outputs) == "a"
+
+
+def test_several_texts_are_forked_from_one_reading() -> None:
+    engine = LLMEngine(MODEL, WORDS)
+    with mock.patch.object(MODEL, "hidden", wraps=MODEL.hidden) as hidden:
+        one = request(n_prompt=20, n=2, best_of=5, temperature=1.5, seed=3, max_tokens=9)
+        results = run(engine, one)
+    assert hidden.call_count == 1
+    assert {index for _, index in results} == set(range(5))
+    for index in range(5):
+        assert token_ids(results["a", index]) == alone(one, index=index)
+
+
+def test_a_prompt_that_shares_a_prefix_is_read_from_there() -> None:
+    """From the end of a prompt, the end of a text and the end of a chunk, and what is reused is told."""
+    engine = LLMEngine(MODEL, WORDS, SMALL)
+    first = request("first", n_prompt=20, max_tokens=6)
+    answer = token_ids(run(engine, first)["first", 0])
+    again = request("again", n_prompt=20, max_tokens=6)
+    next_turn = Request("next turn", [*first.prompt_ids, *answer, 50, 51], again.params)
+    branch = Request("branch", [*first.prompt_ids[:18], 90], again.params)
+    salted = dataclasses.replace(again, request_id="salted", cache_salt="other")
+    results = run(engine, again, next_turn, branch, salted)
+    assert again.num_cached_tokens == 21
+    assert next_turn.num_cached_tokens == 21 + 5  # the last token of the answer was never read
+    assert branch.num_cached_tokens == 16
+    assert salted.num_cached_tokens == 0
+    for one in (again, next_turn, branch, salted):
+        assert token_ids(results[one.request_id, 0]) == alone(one)
+
+
+def test_log_probabilities_are_the_models() -> None:
+    one = request(n_prompt=20, max_tokens=5, temperature=0.5, top_k=3, logprobs=4, prompt_logprobs=2)
+    outputs = run(LLMEngine(MODEL, WORDS, SMALL), one)["a", 0]
+    ids = [*one.prompt_ids, *token_ids(outputs)]
+    expected = MODEL(torch.tensor([ids]))[0][0].log_softmax(-1)
+    for i, output in enumerate(outputs, 20):
+        assert output.token is not None
+        assert output.token.logprob == pytest.approx(float(expected[i, ids[i + 1]]), abs=1e-4)
+        assert output.token.top_logprobs is not None
+        top = expected[i].topk(4)
+        assert [token_id for token_id, _ in output.token.top_logprobs] == top.indices.tolist()
+        assert [logprob for _, logprob in output.token.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
+    assert one.prompt_logprobs[0] is None
+    assert len(one.prompt_logprobs) == 21
+    for i, entry in enumerate(one.prompt_logprobs[1:]):
+        assert entry is not None
+        assert entry.token_id == ids[i + 1]
+        assert entry.logprob == pytest.approx(float(expected[i, ids[i + 1]]), abs=1e-4)
+        assert len(entry.top_logprobs) == 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_requests_that_come_and_go_get_the_tokens_they_would_get_alone(variant: Variant, tokenizer: Tokenizer) -> None:
-    model = random_model(tiny_config(variant))
-    engine = LLMEngine(model, tokenizer, max_num_seqs=3)
-    sampled = Sampling(do_sample=True, temperature=1.5, top_k=50, top_p=0.95, seed=5)
-    requests = [
-        request(f"{i}", n_prompt=1 + 7 * i, max_new_tokens=5 + 3 * i, sampling=sampled if i % 2 else Sampling())
-        for i in range(8)
-    ]
-    results = run(engine, {0: requests[:2], 1: requests[2:5], 9: requests[5:]})
-    for one in requests:
-        assert [output.token_id for output in results[one.request_id]] == alone(model, tokenizer, one)
+def test_batch_invariance_is_bitwise(variant: Variant) -> None:
+    """Tokens and log-probabilities, alone and in a full batch, with and without prefix hits: equal to the last bit."""
+    config = EngineConfig(max_num_seqs=32, chunk_size=8, batch_invariant=True)
+    model = MODELS[variant]
+
+    def requests() -> list[Request]:
+        sampled = {"temperature": 1.0, "logprobs": 5, "max_tokens": 12}
+        return [request(f"{i}", n_prompt=1 + i % 23, seed=i, **sampled) for i in range(40)]
+
+    solo = {one.request_id: run(LLMEngine(model, WORDS, config), one)[one.request_id, 0] for one in requests()}
+    engine = LLMEngine(model, WORDS, config)
+    for _ in range(2):  # the second time, every prompt is in the cache
+        together = requests()
+        results = run(engine, *together)
+        assert {name: results[name, 0] for name in solo} == solo
+    assert all(one.num_cached_tokens == one.num_prompt_tokens for one in together)
 
 
-def test_text_and_reason_of_an_end(tokenizer: Tokenizer) -> None:
-    engine = LLMEngine(random_model(tiny_config()), tokenizer)
-    engine.add_request(request("long", max_new_tokens=7))
-    engine.add_request(request("ends", max_new_tokens=10_000, sampling=Sampling(do_sample=True, temperature=5.0)))
-    results = run(engine)
-    long, ends = results["long"], results["ends"]
-    assert len(long) == 7
-    assert [output.finish_reason for output in long] == [None] * 6 + [FinishReason.LENGTH]
-    assert "".join(output.text for output in long) == tokenizer.decode([output.token_id for output in long])
-    assert ends[-1].finish_reason is FinishReason.END_OF_TEXT
-    assert (ends[-1].special, ends[-1].text) == (True, "<|endoftext|>")
-    assert not any(output.special for output in ends[:-1])
+def test_a_full_batch_takes_turns_fairly() -> None:
+    """A long prompt is read in chunks between the tokens of others, and short prompts pass it."""
+    engine = LLMEngine(MODEL, WORDS, SMALL)
+    engine.add_request(request("decoding", max_tokens=60))
+    engine.step()
+    engine.add_request(request("long", n_prompt=120, max_tokens=1))
+    engine.add_request(request("short", max_tokens=1))
+    order = []
+    for _ in range(40):
+        outputs = engine.step()
+        assert "decoding" in {output.request_id for output in outputs}  # a token in every step
+        order += [output.request_id for output in outputs if output.request_id != "decoding"]
+    assert order == ["short", "long"]
 
 
-def test_stop_string_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
+def test_a_deadline_ends_a_request_wherever_it_is(when: str) -> None:
+    now = 0.0
+    engine = LLMEngine(MODEL, WORDS, dataclasses.replace(SMALL, max_num_seqs=1), clock=lambda: now)
+    if when == "waiting":
+        engine.add_request(request("first", max_tokens=100, ignore_eos=True))
+    late = dataclasses.replace(request("late", n_prompt=40 if when == "reading" else 1, max_tokens=100), deadline=5.0)
+    engine.add_request(late)
+    for _ in range(3):
+        assert not any(output.error for output in engine.step())
+    now = 5.0
+    errors = [output for output in engine.step() if output.error]
+    assert [output.request_id for output in errors] == ["late"]
+    assert isinstance(errors[0].error, RequestTimeoutError)
+    engine.abort_request("first")
+    assert_idle(engine)
+
+
+def poisoned_grammar() -> Request:
+    one = request("poisoned", max_tokens=50)
+    one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "[a-z ]*"))
+    broken = mock.Mock(wraps=one.matcher)
+    broken.copy.return_value.is_complete = False
+    broken.copy.return_value.allowed.side_effect = [torch.ones(400, dtype=torch.bool), RuntimeError("poison")]
+    one.matcher = broken
+    return one
+
+
+def test_a_grammar_that_fails_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    healthy = [request(f"{i}", max_tokens=20) for i in range(3)]
+    with caplog.at_level(logging.ERROR):
+        results = run(LLMEngine(MODEL, WORDS), healthy[0], poisoned_grammar(), *healthy[1:])
+    assert "poison" in caplog.text
+    *tokens, error = results["poisoned", 0]
+    assert len(tokens) == 1
+    assert isinstance(error.error, GenerationError)
+    assert str(error.error) == "Generation failed in the server."  # the client is not told of our inside
+    for one in healthy:
+        assert token_ids(results[one.request_id, 0]) == alone(one)
+
+
+@pytest.mark.parametrize("n_poisoned", [1, 3])
+def test_logits_that_are_not_finite_end_their_own_request_only(n_poisoned: int) -> None:
+    """Token 399 becomes poison: whatever reads it has NaN logits from there on."""
     model = random_model(tiny_config())
-    free = tokenizer.decode(alone(model, tokenizer, request("", max_new_tokens=40)))
-    stop = free[10:14]
-    engine = LLMEngine(model, tokenizer)
-    engine.add_request(request("a", max_new_tokens=40, stop=(stop, "never")))
-    outputs = run(engine)["a"]
-    assert outputs[-1].finish_reason is FinishReason.STOP_SEQUENCE
-    assert "".join(output.text for output in outputs) == free[: free.index(stop)]
-
-
-def test_text_held_back_for_a_stop_string_is_sent_when_the_text_ends(tokenizer: Tokenizer) -> None:
-    """The model is made to say "a", then end; the stop string begins with "a"."""
-    letter = tokenizer.encode("a")[0]
-    engine = LLMEngine(random_model(tiny_config()), tokenizer)
-    one = request("a", stop=("ab",))
-    with mock.patch.object(one.sampler, "next_token", side_effect=[letter, tokenizer.end_of_text_id]):
-        engine.add_request(one)
-        outputs = run(engine)["a"]
-    assert [output.text for output in outputs] == ["", "a"]
-    assert not outputs[-1].special
-
-
-def test_aborted_requests_leave_the_others_alone(tokenizer: Tokenizer) -> None:
-    model = random_model(tiny_config())
-    engine = LLMEngine(model, tokenizer, max_num_seqs=2)
-    requests = [request(name, n_prompt=n, max_new_tokens=12) for n, name in enumerate("abc", 1)]
-    for one in requests:
-        engine.add_request(one)
-    results: dict[str, list[int]] = defaultdict(list)
-    for step in range(100):
-        if step == 3:
-            engine.abort_request("a")
-        for name, output in engine.step():
-            assert isinstance(output, TokenOutput)
-            results[name].append(output.token_id)
-    assert len(results["a"]) == 3
-    assert results["b"] == alone(model, tokenizer, requests[1])
-    assert results["c"] == alone(model, tokenizer, requests[2])
-    engine.add_request(request("waiting"))
-    engine.abort_request("waiting")
-    assert not engine.has_work
-
-
-def test_a_full_queue_refuses_at_once(tokenizer: Tokenizer) -> None:
-    engine = LLMEngine(random_model(tiny_config()), tokenizer, max_queue_length=2)
-    engine.add_request(request("a"))
-    engine.add_request(request("b"))
-    with pytest.raises(OverloadedError, match="2 requests are waiting"):
-        engine.add_request(request("c"))
-
-
-def test_a_request_that_would_run_past_the_positions_is_refused(tokenizer: Tokenizer) -> None:
-    engine = LLMEngine(random_model(tiny_config("local", max_positions=64)), tokenizer)
-    engine.add_request(request("fits", n_prompt=53, max_new_tokens=10))
-    with pytest.raises(InvalidRequestError, match=r"54 tokens and max_new_tokens of 11 make 65, .* at most 64 tokens"):
-        engine.add_request(request("too long", n_prompt=53, max_new_tokens=11))
-    assert len(run(engine)["fits"]) == 10
-
-
-def test_logits_that_are_not_finite_end_one_request_only(tokenizer: Tokenizer) -> None:
-    model = random_model(tiny_config())
-    engine = LLMEngine(model, tokenizer)
-    model.embedding.weight.data[11] = float("nan")  # only "poisoned" reads token 11; its logit is NaN for all
+    model.embedding.weight.data[399] = float("nan")
     logits = model.logits
-    with mock.patch.object(model, "logits", side_effect=lambda hidden: logits(hidden)[..., :11]):
-        engine.add_request(request("healthy", n_prompt=1))
-        engine.add_request(request("poisoned", n_prompt=2))
-        outputs = dict(engine.step())
-        assert isinstance(outputs["poisoned"], GenerationError)
-        assert isinstance(outputs["healthy"], TokenOutput)
-        assert len(run(engine)["healthy"]) == 99
+    with mock.patch.object(model, "logits", side_effect=lambda hidden: logits(hidden)[..., :399]):
+        healthy = [request(f"{i}", max_tokens=20) for i in range(3)]
+        expected = [alone(one, model) for one in healthy]
+        in_prompt = Request("prompt", [1, 399], healthy[0].params)
+        later = request("later", n=n_poisoned, max_tokens=20)
+        engine = LLMEngine(model, WORDS)
+        for one in (healthy[0], in_prompt, later, *healthy[1:]):
+            engine.add_request(one)
+        first = engine.step()
+        for sequence in engine._running:
+            if sequence.request is later and sequence.index == 0:
+                sequence.token_ids[-1] = 399
+        results = run(engine)
+    for output in first:
+        results[output.request_id, output.index].insert(0, output)
+    assert [type(output.error) for output in results["prompt", 0]] == [GenerationError]
+    assert [type(output.error) for output in results["later", 0]] == [type(None), GenerationError]
+    for one, ids in zip(healthy, expected, strict=True):
+        assert token_ids(results[one.request_id, 0]) == ids
 
 
-def test_log_probabilities_are_the_models(tokenizer: Tokenizer) -> None:
-    model = random_model(tiny_config())
-    engine = LLMEngine(model, tokenizer)
-    one = request("a", max_new_tokens=5, sampling=Sampling(do_sample=True, temperature=0.5, top_k=3))
-    engine.add_request(one)
-    outputs = run(engine)["a"]
-    ids = [*one.prompt_ids, *(output.token_id for output in outputs)]
-    log_probabilities = model(torch.tensor([ids]))[0][0].log_softmax(-1)
-    for i, output in enumerate(outputs, len(one.prompt_ids)):
-        assert output.logprob == pytest.approx(float(log_probabilities[i - 1, ids[i]]), abs=1e-4)
+def test_a_request_with_no_token_left_to_choose_fails_alone() -> None:
+    results = run(LLMEngine(MODEL, WORDS), request("none", allowed_token_ids=(5,), banned_token_ids=(5,)), request("b"))
+    assert isinstance(results["none", 0][0].error, GenerationError)
+    assert token_ids(results["b", 0]) == alone(request())
+
+
+def test_grammar_constrains_the_text() -> None:
+    one = request(max_tokens=100, temperature=3.0)
+    one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "(ab|cd){3}"))
+    outputs = run(LLMEngine(MODEL, WORDS), one)["a", 0]
+    assert len(text(outputs)) == 6
+    assert {text(outputs)[i : i + 2] for i in (0, 2, 4)} <= {"ab", "cd"}
+    assert outputs[-1].finish_reason is FinishReason.END_OF_TEXT
+
+
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        (Request("a", []), "at least one token"),
+        (request(n=5), "n and best_of must be at most 4, .* not 5"),
+        (request(logit_bias={400: 1.0}), "logit_bias must hold token ids from 0 to 399, not 400"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused(one: Request, message: str) -> None:
+    with pytest.raises((InvalidRequestError, SamplingError), match=message):
+        LLMEngine(MODEL, WORDS, SMALL).add_request(one)
+
+
+def test_a_request_that_would_run_past_the_positions_is_refused() -> None:
+    engine = LLMEngine(random_model(tiny_config("local", max_positions=64)), WORDS)
+    with pytest.raises(InvalidRequestError, match=r"54 tokens and 12 new ones make 65 to read, .* at most 64"):
+        engine.add_request(request("too long", n_prompt=53, max_tokens=12))
+    assert len(run(engine, request("fits", n_prompt=53, max_tokens=11))["fits", 0]) == 11

@@ -1,0 +1,140 @@
+"""Generation from Python, without a server: a checkpoint, a list of prompts, their texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from model.checkpoint import load_checkpoint
+from model.errors import ModelError
+from model.sampling import SamplingParams
+from server.engine.config import EngineConfig
+from server.engine.llm_engine import LLMEngine
+from server.engine.request import FinishReason, PromptLogprob, Request, RequestOutput, TokenOutput
+from server.engine.structured_output import GrammarCompiler
+from server.errors import ServerError
+
+Prompt = str | list[int]
+
+
+@dataclass
+class Completion:
+    """One generated text."""
+
+    index: int
+    tokens: list[TokenOutput] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens if not token.special)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def mean_logprob(self) -> float:
+        """In nats per token; -inf without tokens."""
+        return sum(token.logprob for token in self.tokens) / len(self.tokens) if self.tokens else -math.inf
+
+
+@dataclass
+class Result:
+    """What came of a prompt: `params.n` completions, best first if there were more to choose from, or an error."""
+
+    prompt: Prompt
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list)
+    error: ServerError | ModelError | None = None
+
+
+class LLM:
+    """A checkpoint and an engine.
+
+    >>> LLM("weights/aft-conv-stories").generate(["Once upon a time"], SamplingParams(max_tokens=50))
+    """
+
+    def __init__(
+        self, path: Path | str, config: EngineConfig | None = None, *, device: str | torch.device = "cpu"
+    ) -> None:
+        """Raises CheckpointError for a damaged checkpoint."""
+        model, self.tokenizer = load_checkpoint(path, device)
+        self.engine = LLMEngine(model, self.tokenizer, config)
+        self._grammars = GrammarCompiler(self.tokenizer)
+
+    def generate(self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams]) -> list[Result]:
+        """Results in the order of `prompts`; params for all of them, or one for each."""
+        results: dict[int, Result] = dict(self.stream(prompts, params))
+        return [results[i] for i in range(len(prompts))]
+
+    def stream(
+        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams]
+    ) -> Iterator[tuple[int, Result]]:
+        """(index of the prompt, result) as they are done. A prompt that fails has a result with an error."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if len(each) != len(prompts):
+            raise ValueError(f"There are {len(prompts)} prompts, but {len(each)} parameters.")
+        pending: dict[str, tuple[int, Request, list[Completion]]] = {}
+        next_prompt = 0
+        try:
+            while next_prompt < len(prompts) or pending:
+                # Few enough wait that a huge list of prompts is not tokenised at once, enough to keep the batch full.
+                while next_prompt < len(prompts) and self.engine.scheduler.num_waiting < self.engine.pool.n_slots:
+                    try:
+                        request = self._add(f"{next_prompt}", prompts[next_prompt], each[next_prompt])
+                    except (ServerError, ModelError) as error:
+                        yield next_prompt, Result(prompts[next_prompt], [], [], error=error)
+                    else:
+                        completions = [Completion(i) for i in range(request.params.n_generated)]
+                        pending[request.request_id] = next_prompt, request, completions
+                    next_prompt += 1
+                for output in self.engine.step():
+                    index, request, completions = pending[output.request_id]
+                    if _is_done(output, completions):
+                        del pending[output.request_id]
+                        yield index, _result(prompts[index], request, completions, output.error)
+        finally:
+            for request_id in pending:
+                self.engine.abort_request(request_id)
+
+    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
+        matcher = self._grammars.compile(params.grammar) if params.grammar else None
+        request = Request(request_id, ids, params, matcher=matcher)
+        self.engine.add_request(request)
+        return request
+
+
+def best(completions: list[Completion], n: int) -> list[Completion]:
+    """The n completions of highest mean log-probability, best first; all in their order if there are just n."""
+    if len(completions) == n:
+        return completions
+    return sorted(completions, key=lambda completion: completion.mean_logprob, reverse=True)[:n]
+
+
+def _is_done(output: RequestOutput, completions: list[Completion]) -> bool:
+    """Take in an output; whether the request has ended with it."""
+    completion = completions[output.index]
+    if output.token:
+        completion.tokens.append(output.token)
+    completion.finish_reason = output.finish_reason
+    return output.error is not None or all(completion.finish_reason for completion in completions)
+
+
+def _result(prompt: Prompt, request: Request, completions: list[Completion], error: ServerError | None) -> Result:
+    return Result(
+        prompt,
+        request.prompt_ids,
+        best(completions, request.params.n),
+        request.num_cached_tokens,
+        request.prompt_logprobs,
+        error,
+    )

@@ -1,0 +1,66 @@
+"""Preallocated states of the sequences being decoded."""
+
+from __future__ import annotations
+
+from model.state import AFTState
+from server.errors import ConfigurationError
+
+
+class StatePool:
+    """`n_slots` states in one block of memory each. Rows 0 .. len(pool)-1 are in use, so a batch is a view.
+
+    Who uses a row keeps its own list in the same order: `append` adds at the end, and `remove` moves the last row
+    into the one that it frees.
+    """
+
+    def __init__(self, empty: AFTState, n_slots: int) -> None:
+        """empty: the state of one sequence before its first token."""
+        self.n_slots = n_slots
+        self._states = AFTState.concatenate([empty] * n_slots)
+        self._n_used = 0
+
+    @staticmethod
+    def slots_within(empty: AFTState, max_bytes: int) -> int:
+        """How many slots fit into a memory budget. Raises ConfigurationError if not even one does."""
+        n_slots = max_bytes // empty.nbytes
+        if n_slots < 1:
+            raise ConfigurationError(
+                f"state_memory must be at least the {empty.nbytes} bytes of one state, not {max_bytes}."
+            )
+        return n_slots
+
+    def __len__(self) -> int:
+        return self._n_used
+
+    @property
+    def nbytes(self) -> int:
+        return self._states.nbytes
+
+    def append(self, state: AFTState) -> int:
+        """Copy the state of one sequence in; returns its row."""
+        assert self._n_used < self.n_slots, "a sequence was admitted without a slot"
+        row = self._n_used
+        self._n_used += 1
+        self.write(state, row)
+        return row
+
+    def remove(self, row: int) -> None:
+        """Free a row; the last one takes its place."""
+        last = self._n_used - 1
+        assert 0 <= row <= last
+        if row != last:
+            self.write(self._states.select(slice(last, last + 1)), row)
+        self._n_used = last
+
+    def view(self, n_rows: int) -> AFTState:
+        """The first rows, without a copy. Rows beyond len(pool) hold states of sequences that are gone."""
+        return self._states.select(slice(0, n_rows))
+
+    def write(self, states: AFTState, row: int = 0) -> None:
+        """Overwrite the rows from `row` on with a batch of states."""
+        for slot, source in zip(self._states.tensors(), states.tensors(), strict=True):
+            slot[row : row + states.batch_size].copy_(source)
+
+    def snapshot(self, row: int) -> AFTState:
+        """A copy of one row."""
+        return self._states.select(slice(row, row + 1)).clone()

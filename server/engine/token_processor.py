@@ -1,0 +1,131 @@
+"""From logits to outputs: chooses each text's next token, turns it into text, and sees where texts end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from model.errors import ModelError
+from model.sampling import SamplingError, sample
+from model.tokenizer import Tokenizer
+from server.engine.request import FinishReason, PromptLogprob, RequestOutput, Sequence, TokenOutput, TopLogprobs
+from server.errors import GenerationError, ServerError
+
+logger = logging.getLogger(__name__)
+
+
+class TokenProcessor:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def process(self, sequences: Rows[Sequence], logits: Tensor) -> list[RequestOutput]:
+        """The next output of each sequence from its row of logits [R, V], on the CPU.
+
+        What goes wrong with one sequence becomes the error of its output, and touches no other.
+        """
+        errors: dict[int, ServerError] = {}
+        allowed = self._allowed(sequences, logits, errors)
+        good = [row for row in range(len(sequences)) if row not in errors]
+        chosen = sample(allowed if not errors else allowed[good], [sequences[row].sampler for row in good])
+        token_ids = dict(zip(good, chosen, strict=True))
+        logprobs = self._logprobs(logits, token_ids)
+        outputs = []
+        for row, sequence in enumerate(sequences):
+            error, token_id = errors.get(row), token_ids.get(row)
+            if isinstance(token_id, SamplingError):
+                error = GenerationError(str(token_id))
+            if error is None:
+                assert isinstance(token_id, int)
+                top = top_logprobs(logits[row], sequence.request.params.logprobs)
+                try:
+                    outputs.append(self._output(sequence, token_id, logprobs[row], top))
+                    continue
+                except Exception as problem:
+                    error = failure(problem)
+            outputs.append(RequestOutput(sequence.request.request_id, sequence.index, error=error))
+        return outputs
+
+    def _allowed(self, sequences: Rows[Sequence], logits: Tensor, errors: dict[int, ServerError]) -> Tensor:
+        """The logits under each sequence's grammar; records the rows that fail."""
+        finite = torch.isfinite(logits).all(-1)
+        if not bool(finite.all()):
+            for row in (~finite).nonzero().flatten().tolist():
+                errors[row] = GenerationError("The model's logits are not finite.")
+        constrained = [row for row, sequence in enumerate(sequences) if sequence.matcher and row not in errors]
+        if not constrained:
+            return logits
+        logits = logits.clone()
+        for row in constrained:
+            matcher = sequences[row].matcher
+            assert matcher is not None
+            try:
+                logits[row, ~matcher.allowed()] = -math.inf
+            except Exception as problem:
+                errors[row] = failure(problem)
+        return logits
+
+    def _logprobs(self, logits: Tensor, token_ids: dict[int, int | SamplingError]) -> dict[int, float]:
+        rows = [row for row, token_id in token_ids.items() if isinstance(token_id, int)]
+        ids = [token_id for token_id in token_ids.values() if isinstance(token_id, int)]
+        values = logits[rows, ids] - logits[rows].logsumexp(-1)
+        return dict(zip(rows, values.tolist(), strict=True))
+
+    def _output(self, sequence: Sequence, token_id: int, logprob: float, top: TopLogprobs | None) -> RequestOutput:
+        text, special, reason = self._read(sequence, token_id)
+        token = TokenOutput(token_id, text, logprob, special, top)
+        return RequestOutput(sequence.request.request_id, sequence.index, token, reason)
+
+    def _read(self, sequence: Sequence, token_id: int) -> tuple[str, bool, FinishReason | None]:
+        """Add a token to a text: what that releases, whether the token is special, and why it was the last one."""
+        sequence.token_ids.append(token_id)
+        detokenizer, params = sequence.detokenizer, sequence.request.params
+        if token_id in sequence.sampler.end_ids:
+            is_end_of_text = token_id == self.tokenizer.end_of_text_id
+            end = FinishReason.END_OF_TEXT if is_end_of_text else FinishReason.STOP_SEQUENCE
+            # Text held back as the possible start of a stop string must not be lost: it goes out with this token.
+            tail = detokenizer.finish()
+            return tail or self.tokenizer.token_text(token_id), not tail, end
+        token_bytes = self.tokenizer.token_bytes[token_id]
+        text, special = detokenizer.append(token_bytes), not token_bytes
+        reason: FinishReason | None = None
+        if sequence.matcher:
+            sequence.matcher.accept(token_id)
+        if detokenizer.stopped_by is not None:
+            return text, special, FinishReason.STOP_SEQUENCE
+        if sequence.matcher and sequence.matcher.is_complete:
+            reason = FinishReason.END_OF_TEXT
+        elif len(sequence.token_ids) == params.max_tokens:
+            reason = FinishReason.LENGTH
+        return text + (detokenizer.finish() if reason else ""), special, reason
+
+
+def prompt_logprobs(logits: Tensor, token_ids: Rows[int], n_top: int) -> list[PromptLogprob]:
+    """Of each of `token_ids` [T], from the logits [T, V] of the position before it."""
+    log_probabilities = logits.log_softmax(-1)
+    result = []
+    for row, token_id in zip(log_probabilities, token_ids, strict=True):
+        top = top_logprobs(row, n_top) or ()
+        result.append(PromptLogprob(token_id, float(row[token_id]), top))
+    return result
+
+
+def top_logprobs(logits: Tensor, n_top: int | None) -> TopLogprobs | None:
+    """The `n_top` most likely tokens of logits [V] and their log-probabilities."""
+    if n_top is None:
+        return None
+    values, ids = logits.log_softmax(-1).topk(min(n_top, len(logits)))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def failure(problem: Exception) -> ServerError:
+    """The error that a client is told. One that is not ours is logged, and says nothing of its inside."""
+    if isinstance(problem, ServerError):
+        return problem
+    if isinstance(problem, ModelError):
+        return GenerationError(str(problem))
+    logger.error("A request failed.", exc_info=problem)
+    return GenerationError("Generation failed in the server.")

@@ -1,0 +1,72 @@
+"""`python -m server.batch`, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LINES = [
+    json.dumps({"inputs": "the fox", "parameters": {"max_new_tokens": 5}}),
+    json.dumps({"id": "mine", "inputs": "a bird", "parameters": {"max_new_tokens": 3, "return_full_text": True}}),
+    "",
+    json.dumps({"inputs": "the fox", "parameters": {"max_new_tokens": 0}}),
+    "{not json",
+    "[]",
+    json.dumps({"id": "x", "inputs": "the fox", "stream": True}),
+    json.dumps({"inputs": "a bird", "parameters": {"max_new_tokens": 4, "seed": 3, "temperature": 0.5}}),
+]
+
+
+def run(checkpoint: Path, *files: Path) -> None:
+    command = [sys.executable, "-m", "server.batch", *map(str, files), "--model", str(checkpoint)]
+    subprocess.run(command, check=True, timeout=120)
+
+
+def read(path: Path) -> dict[Any, dict[str, Any]]:
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({json.dumps(answer["id"]) for answer in answers}) == len(answers)
+    return {answer["id"]: answer for answer in answers}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("batch") / "in.jsonl"
+    path.write_text("\n".join(LINES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def target(checkpoint: Path, source: Path) -> Path:
+    path = source.with_name("out.jsonl")
+    run(checkpoint, source, path)
+    return path
+
+
+def test_every_line_is_answered(target: Path) -> None:
+    answers = read(target)
+    assert set(answers) == {0, "mine", 3, 4, 5, "x", 7}
+    assert answers[0]["details"]["generated_tokens"] == 5
+    assert answers[0]["details"]["seed"] is None
+    assert answers["mine"]["generated_text"].startswith("a bird")
+    assert answers[7]["details"]["seed"] == 3
+    assert answers[3]["error"].startswith("parameters.max_new_tokens: Input should be greater than or equal to 1")
+    assert answers[4]["error"].startswith("The line is not JSON")
+    assert answers[5]["error"].startswith("The body: Input should be a valid dictionary")
+    assert answers["x"]["error"].startswith("stream and truncate have no meaning")
+
+
+def test_a_stopped_run_goes_on(checkpoint: Path, source: Path, target: Path, tmp_path: Path) -> None:
+    """Lines that are there stay as they are, a half line is done again, the others are added."""
+    whole = target.read_text().splitlines(keepends=True)
+    marked = json.dumps({"id": 0, "generated_text": "done before"}) + "\n"
+    partial = tmp_path / "out.jsonl"
+    partial.write_text(marked + next(line for line in whole if '"mine"' in line)[:-9])
+    run(checkpoint, source, partial)
+    answers = read(partial)
+    assert partial.read_text().startswith(marked)
+    assert answers == {**read(target), 0: json.loads(marked)}
