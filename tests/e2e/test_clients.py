@@ -18,7 +18,8 @@ README = Path(__file__).parent.parent.parent / "README.md"
 
 
 def test_huggingface_hub_streams_the_bundled_model(bundled_url: str) -> None:
-    stream = list(InferenceClient(bundled_url).text_generation("Once upon a time", stream=True, details=True))
+    client = InferenceClient(bundled_url)  # kept: it closes its streams when it is collected
+    stream = list(client.text_generation("Once upon a time", stream=True, details=True))
     text = "".join(event.token.text for event in stream if not event.token.special)
     assert stream[-1].generated_text == text
     assert stream[-1].details is not None
@@ -50,7 +51,7 @@ def test_huggingface_hub_understands_refusals(url: str) -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_readmes_curl_streams(bundled_url: str) -> None:
     """The command printed in the README, word for word but for the address."""
-    command = re.search(r"^curl .*?[^\\]$", README.read_text(), re.MULTILINE | re.DOTALL)
+    command = re.search(r"^curl .*?(?=\n```)", README.read_text(), re.MULTILINE | re.DOTALL)
     assert command is not None
     script = command[0].replace("http://127.0.0.1:8000", bundled_url)
     output = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=True).stdout
