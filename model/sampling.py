@@ -15,6 +15,8 @@ from torch import Tensor
 
 from model.errors import ModelError
 
+LARGEST = 1e30  # of penalties and biases, and of logits after them: products and sums stay far from overflow
+
 
 class SamplingError(ModelError, ValueError):
     """A sampling parameter is out of range, or leaves no token to choose."""
@@ -97,10 +99,13 @@ class SamplingParams:
         require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         require("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1")
         require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
-        require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite")
-        require("frequency_penalty", math.isfinite(self.frequency_penalty), "finite")
-        require("presence_penalty", math.isfinite(self.presence_penalty), "finite")
-        require("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite for every token")
+        require("repetition_penalty", 0 < self.repetition_penalty <= LARGEST, f"above 0 and at most {LARGEST:g}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            require(name, abs(getattr(self, name)) <= LARGEST, f"from {-LARGEST:g} to {LARGEST:g}")
+        biases = self.logit_bias.values()
+        require(
+            "logit_bias", all(abs(b) <= LARGEST for b in biases), f"from {-LARGEST:g} to {LARGEST:g} for each token"
+        )
         require("allowed_token_ids", self.allowed_token_ids != (), "None or at least one token")
         require("stop", "" not in self.stop, "strings of at least one character")
         require("seed", 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
@@ -168,6 +173,8 @@ class Sampler:
             logits += self._bias
         if self.n_tokens < params.min_tokens:
             logits[list(self.end_ids)] = -math.inf
+        # A penalty near 0 takes a logit to infinity; the most likely tokens then are equally likely.
+        logits.nan_to_num_(nan=-math.inf, posinf=LARGEST, neginf=-math.inf)
 
     def uniform(self) -> float:
         """The sequence's next random number in [0, 1)."""

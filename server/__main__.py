@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ import uvicorn
 from model.checkpoint import load_checkpoint
 from model.errors import ModelError
 from server.api.app import create_app
+from server.draining import DrainingServer
 from server.engine import EngineConfig, LLMEngine
 from server.errors import ConfigurationError
 
@@ -30,6 +29,8 @@ def main(
     max_queue_length: Annotated[int, typer.Option(help="Requests that may wait; beyond it, 429.")] = 256,
     chunk_size: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, between tokens of others.")] = 256,
     prefix_cache: Annotated[int, typer.Option(help="MiB of states after prompts that may come again.")] = 256,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds after which a request fails.")] = None,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
     batch_invariant: Annotated[bool, typer.Option(help="Bitwise the same text in any batch; slower.")] = False,
 ) -> None:
     """Serve a checkpoint: POST /generate, GET /health."""
@@ -43,9 +44,8 @@ def main(
         batch_invariant=batch_invariant,
     )
     engine = LLMEngine(network, tokenizer, config)
-    # uvicorn drains on SIGTERM, then raises the signal again; an orderly end is exit status 0.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(create_app(engine), host=host, port=port)
+    app = create_app(engine, request_timeout=request_timeout)
+    DrainingServer(uvicorn.Config(app, host=host, port=port), app.state.engine, drain_timeout).run()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from model.checkpoint import TOKENIZER_FILE, save_checkpoint
 from model.config import AFTConfig, Variant
-from model.errors import ModelError
+from model.errors import ConfigError, ModelError
 from model.tokenizer import Tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents, read_documents
@@ -107,6 +108,7 @@ def main(
     if resume:
         trainer.resume()
     held_out = read_documents(config.validation) if config.validation else []
+    check_lengths(held_out, words, model)
 
     def validate() -> float:
         last = trainer.step + 1 == config.steps
@@ -143,12 +145,22 @@ def prepare_tokenizer(
     return Tokenizer.train(one_pass(), vocab_size)  # deterministic: every process of a group learns the same
 
 
+def check_lengths(documents: list[str], tokenizer: Tokenizer, model: AFTForCausalLM) -> None:
+    """Before hours of training rather than after: can the model read what it will be validated on?"""
+    limit = model.config.context_limit
+    longest = max((len(tokenizer.encode(document)) for document in documents), default=0)
+    if limit is not None and longest > limit:
+        raise ConfigError(f"max_positions must be at least the {longest} tokens of a validation document, not {limit}.")
+
+
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the process's own accelerator if there is one, and the CPU otherwise."""
+    """ "auto" is an accelerator if there is one (under torchrun, the process's own), and the CPU otherwise."""
     if name != "auto":
         return torch.device(name)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A batch is a function of (seed, step) alone, so a resumed run reads exactly what
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,14 @@ class PackedBatches:
         self.windows_per_pass = len(self._shuffled_starts(0))
         if self.windows_per_pass == 0:
             raise ConfigError(f"The data holds no window of context + 1 = {context + 1} tokens; lower the context.")
+
+    @property
+    def digest(self) -> str:
+        """Tells token streams apart, whatever the files are called."""
+        streams = hashlib.blake2b(digest_size=16)
+        for tokens, _ in self.streams:
+            streams.update(tokens.tobytes())
+        return streams.hexdigest()
 
     def batch(self, step: int) -> TokenArray:
         """Tokens [batch_size, context + 1] of training step `step` (from 0)."""

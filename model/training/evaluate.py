@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from model.tokenizer import Tokenizer
 from model.transformer import AFTForCausalLM
 
+CHUNK = 512
+
 
 @torch.inference_mode()
 def bits_per_character(
@@ -29,11 +31,20 @@ def bits_per_character(
         tokens = torch.full((len(rows), len(rows[-1])), -1)  # padded on the right, which a causal model cannot see
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
-        nats += float(next_token_nats(model, tokens.to(model.device)))
+        nats += _text_nats(model, tokens.to(model.device))
     return nats / math.log(2) / sum(map(len, documents))
 
 
-def next_token_nats(model: AFTForCausalLM, tokens: Tensor) -> Tensor:
-    """Total cross-entropy in nats of tokens[:, 1:] given what precedes; tokens [B, T + 1], -1 is padding."""
-    logits, _ = model(tokens[:, :-1].clamp(min=0))
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().long(), ignore_index=-1, reduction="sum")
+def _text_nats(model: AFTForCausalLM, tokens: Tensor) -> float:
+    """Total nats of tokens [B, T + 1], in chunks: the logits of a long text would not fit into memory."""
+    nats, state = 0.0, None
+    for start in range(0, tokens.shape[1] - 1, CHUNK):
+        chunk = tokens[:, start : start + CHUNK + 1]
+        logits, state = model(chunk[:, :-1].clamp(min=0), state)
+        nats += float(total_nats(logits, chunk[:, 1:]))
+    return nats
+
+
+def total_nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy in nats of tokens [B, T], summed; logits [B, T, V], -1 is padding."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long(), ignore_index=-1, reduction="sum")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoint import load_tensors, save_tensors, write_whole
-from model.errors import CheckpointError
+from model.errors import CheckpointError, ConfigError
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches
-from model.training.evaluate import next_token_nats
+from model.training.evaluate import total_nats
 from model.transformer import AFTForCausalLM
 
 STATE_FILE = "training_state.safetensors"
@@ -45,7 +45,8 @@ class Loss(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T + 1]"""
-        return next_token_nats(self.model, tokens) / (tokens.shape[0] * (tokens.shape[1] - 1))
+        logits, _ = self.model(tokens[:, :-1])
+        return total_nats(logits, tokens[:, 1:]) / tokens[:, 1:].numel()
 
 
 class Trainer:
@@ -58,6 +59,10 @@ class Trainer:
         self.model, self.batches, self.config, self.folder = model, batches, config, folder
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95))
         self.history: list[Record] = []
+        if config.batch_size % process_count():
+            raise ConfigError(
+                f"batch_size must be a multiple of the {process_count()} processes, not {config.batch_size}."
+            )
         loss: nn.Module = Loss(model)
         if dist.is_initialized():
             loss = DistributedDataParallel(loss)
@@ -135,7 +140,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to give what an uninterrupted one gives."""
         run = {k: v for k, v in self.config.to_dict().items() if k != "checkpoint_every"}
-        return {**run, **self.model.config.to_dict()}
+        return {**run, **self.model.config.to_dict(), "tokens": self.batches.digest}
 
 
 def parameter_groups(model: AFTForCausalLM, weight_decay: float) -> list[dict[str, Any]]:

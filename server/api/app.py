@@ -12,8 +12,11 @@ from server.api.errors import add_error_handlers
 from server.engine import AsyncEngine, LLMEngine
 
 
-def create_app(engine: LLMEngine) -> FastAPI:
-    """An application that serves `engine`, whose thread runs for the application's lifetime."""
+def create_app(engine: LLMEngine, *, request_timeout: float | None = None) -> FastAPI:
+    """An application that serves `engine`, whose thread runs for the application's lifetime.
+
+    request_timeout: seconds after which a request fails, waiting included. The engine is at `app.state.engine`.
+    """
     async_engine = AsyncEngine(engine)
 
     @asynccontextmanager
@@ -23,7 +26,7 @@ def create_app(engine: LLMEngine) -> FastAPI:
         async_engine.stop()
 
     app = FastAPI(title="AFT text generation", lifespan=lifespan)
-    app.state.engine = async_engine
+    app.state.engine, app.state.request_timeout = async_engine, request_timeout
     app.include_router(generate.router)
     add_error_handlers(app)
 

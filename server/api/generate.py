@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,11 +49,14 @@ class Generation:
     details: bool
 
 
-async def submit(body: GenerateRequest, engine: AsyncEngine) -> Generation:
+async def submit(body: GenerateRequest, http_request: Request) -> Generation:
     """Hand a request to the engine. Raises what `AsyncEngine.submit` does."""
+    state = http_request.app.state
     # TGI samples unless there is a parameters object.
     given = body.parameters or GenerateParameters(do_sample=True)
-    stream = await engine.submit(body.inputs, sampling_params(given), truncate=given.truncate)
+    engine: AsyncEngine = state.engine
+    params = sampling_params(given)
+    stream = await engine.submit(body.inputs, params, truncate=given.truncate, timeout=state.request_timeout)
     return Generation(stream, body.inputs if given.return_full_text else "", bool(given.details))
 
 
@@ -90,38 +92,31 @@ def _grammar(given: GrammarParameter) -> Grammar:
 @router.post("/generate", response_model=GenerateResponse, responses=ERRORS)
 async def generate(body: GenerateRequest, http_request: Request) -> Response:
     """Generate text: a JSON object, or server-sent events if `stream` is true."""
-    generation = await submit(body, http_request.app.state.engine)
-    return await (stream(generation) if body.stream else answer(http_request, generation))
+    generation = await submit(body, http_request)
+    return await (stream if body.stream else answer)(http_request, generation)
 
 
 @router.post("/generate_stream", response_class=StreamingResponse, responses=ERRORS)
 async def generate_stream(body: GenerateRequest, http_request: Request) -> Response:
     """Generate text as server-sent events, one for each token."""
-    return await stream(await submit(body, http_request.app.state.engine))
+    return await stream(http_request, await submit(body, http_request))
 
 
 @router.post("/", response_model=list[GenerateResponse], responses=ERRORS)
 async def generate_list(body: GenerateRequest, http_request: Request) -> Response:
     """As /generate, but the JSON answer is a list of one."""
-    generation = await submit(body, http_request.app.state.engine)
-    return await (stream(generation) if body.stream else answer(http_request, generation, as_list=True))
+    generation = await submit(body, http_request)
+    return await (stream(http_request, generation) if body.stream else answer(http_request, generation, as_list=True))
 
 
 async def answer(http_request: Request, generation: Generation, *, as_list: bool = False) -> Response:
     """The whole text as JSON. If the client leaves before it is complete, generation stops."""
-    collecting = asyncio.create_task(collect(generation.stream))
-    leaving = asyncio.create_task(wait_for_disconnect(http_request))
     try:
-        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        outputs = collecting.result()
+        outputs = await unless_left(http_request, collect(generation.stream))
     finally:
         generation.stream.close()
-        for task in (collecting, leaving):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ServerError):
-                await task
+    if outputs is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     content = response(generation, outputs).model_dump(exclude_none=not generation.details)
     return JSONResponse([content] if as_list else content)
 
@@ -154,20 +149,40 @@ async def collect(request_stream: RequestStream) -> list[RequestOutput]:
     return [output async for output in request_stream]
 
 
+async def unless_left(http_request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None, and `work` cancelled, if the client leaves before it is done."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(wait_for_disconnect(http_request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.wait((working, leaving))
+
+
 async def wait_for_disconnect(http_request: Request) -> None:
     while (await http_request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def stream(generation: Generation) -> Response:
+async def stream(http_request: Request, generation: Generation) -> Response:
     """Server-sent events. An error before the first token gets its real status; a later one becomes an event."""
     outputs = aiter(generation.stream)
     try:
-        first = await anext(outputs)
+        first = await unless_left(http_request, first_of(outputs))
     except BaseException:
         generation.stream.close()
         raise
+    if first is None:
+        generation.stream.close()
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     return EventStream(sse_events(first, outputs, generation), generation.stream)
+
+
+async def first_of(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
+    return await anext(outputs)
 
 
 class EventStream(StreamingResponse):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -18,6 +19,7 @@ from server.errors import GenerationError, OverloadedError, ServerError, Shuttin
 
 logger = logging.getLogger(__name__)
 
+SHUTTING_DOWN = ShuttingDownError("The server is shutting down.")
 LONG_PROMPT = 4096  # characters from which a prompt is tokenised in a thread, so that streams go on meanwhile
 
 
@@ -33,7 +35,8 @@ class RequestStream:
 
     def put(self, output: RequestOutput) -> None:
         """From the engine's thread."""
-        self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody will read
+            self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
     def close(self) -> None:
         """Let go of the request; the engine drops it within a step unless it has ended. May be called again."""
@@ -104,8 +107,7 @@ class AsyncEngine:
         done if the queue is full, ShuttingDownError, InvalidRequestError, and ModelError for bad text or parameters.
         The stream must be closed, whatever happens.
         """
-        if not self.is_ready:
-            raise ShuttingDownError("The server is shutting down.")
+        self._check_ready()
         config = self.engine.config
         if self._n_requests >= self.engine.pool.n_slots + config.max_queue_length:
             raise OverloadedError(f"The queue is full: {config.max_queue_length} requests are waiting already.")
@@ -122,6 +124,7 @@ class AsyncEngine:
                 matcher=await asyncio.to_thread(self._grammars.compile, params.grammar) if params.grammar else None,
             )
             self.engine.check_request(request)
+            self._check_ready()  # again: the engine may have stopped while the prompt was tokenised
         except BaseException:
             self._n_requests -= 1
             raise
@@ -134,6 +137,10 @@ class AsyncEngine:
         start, *ids = await asyncio.to_thread(encode, text) if len(text) > LONG_PROMPT else encode(text)
         return [start, *(ids if truncate is None else ids[-truncate:])]
 
+    def _check_ready(self) -> None:
+        if not self.is_ready:
+            raise SHUTTING_DOWN
+
     def _let_go(self, request_id: str) -> None:
         self._n_requests -= 1
         self._commands.put(lambda: self._abort(request_id))
@@ -145,7 +152,7 @@ class AsyncEngine:
             while not self.engine.has_work or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
-                    return self._end_all(ShuttingDownError("The server is shutting down."))
+                    return self._end_all(SHUTTING_DOWN)
                 command()
             try:
                 outputs = self.engine.step()

@@ -18,7 +18,8 @@ class EngineConfig:
     max_num_batched_tokens  tokens of a step, decoded and read together; None is max_num_seqs + chunk_size
     prefix_cache_bytes      memory for states after prompts that may come again; 0 turns the cache off
     batch_invariant         every request gives bitwise the same tokens and log-probabilities alone and in any batch,
-                            with and without cached prefixes, at the price of always decoding a full batch
+                            with and without cached prefixes, at the price of always decoding a full batch (measured
+                            on CPUs; log-probabilities of vocabularies over 32,768 tokens may differ in the last bit)
     """
 
     max_num_seqs: int = 32

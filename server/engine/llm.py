@@ -78,7 +78,12 @@ class LLM:
     def stream(
         self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams]
     ) -> Iterator[tuple[int, Result]]:
-        """(index of the prompt, result) as they are done. A prompt that fails has a result with an error."""
+        """(index of the prompt, result) as they are done. A prompt that fails has a result with an error.
+
+        One stream at a time; closing it drops what is not done.
+        """
+        if self.engine.has_work:
+            raise RuntimeError("Another stream of this LLM is not done; close it first.")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(each) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts, but {len(each)} parameters.")

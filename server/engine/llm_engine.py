@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
@@ -69,6 +70,9 @@ class LLMEngine:
         params.check_vocabulary(self.model.config.vocab_size)
         if not request.prompt_ids:
             raise InvalidRequestError("The prompt must have at least one token.")
+        vocab_size = self.model.config.vocab_size
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
+            raise InvalidRequestError(f"The prompt must be of token ids from 0 to {vocab_size - 1}.")
         if params.n_generated > self.scheduler.n_slots:
             raise InvalidRequestError(
                 f"n and best_of must be at most {self.scheduler.n_slots}, the texts that this server decodes at a "
@@ -120,7 +124,7 @@ class LLMEngine:
             request.prompt_logprobs.append(None)
             return
         multiple_of = self.config.chunk_size if self.config.batch_invariant else 1
-        n_cached, snapshot = self.prefix_cache.match(request.prompt_ids, request.cache_salt, multiple_of)
+        n_cached, snapshot = self.prefix_cache.match(request.prompt_array, request.cache_salt, multiple_of)
         if snapshot is not None:
             request.num_computed_tokens = request.num_cached_tokens = n_cached
             self._read_so_far[request] = snapshot
@@ -131,14 +135,13 @@ class LLMEngine:
         if start < end:
             after = self._read_chunk(request, start, end, before.state if before else None)
             request.num_computed_tokens = end
-            self._remember(request, request.prompt_ids[:end], after)
+            self._remember(request, request.prompt_array[:end], after)
         else:
             assert before is not None
             after = before
         if end < request.num_prompt_tokens:
             self._read_so_far[request] = after
             return []
-        self.scheduler.finish_reading(request)
         return self._start_texts(request, after)
 
     def _read_chunk(self, request: Request, start: int, end: int, state: AFTState | None) -> Snapshot:
@@ -155,14 +158,16 @@ class LLMEngine:
     def _start_texts(self, request: Request, prompt: Snapshot) -> list[RequestOutput]:
         """Fork the state after the prompt for every text, and choose the first token of each."""
         n = request.params.n_generated
+        sequences = [self._new_sequence(request, index) for index in range(n)]
+        self.scheduler.finish_reading(request)
         if request.params.max_tokens == 0:
             self.scheduler.free_slots(n)
             return [RequestOutput(request.request_id, i, finish_reason=FinishReason.LENGTH) for i in range(n)]
         assert prompt.logits is not None
         first_row = self.num_running
-        for index in range(n):
+        for sequence in sequences:
             self.pool.append(prompt.state)
-            self._running.append(self._new_sequence(request, index))
+            self._running.append(sequence)
         return self._advance(first_row, prompt.logits.expand(n, -1))
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
@@ -182,7 +187,7 @@ class LLMEngine:
         last_ids = [sequence.token_ids[-1] for sequence in self._running]
         last_ids += [0] * (n_rows - self.num_running)
         logits, states = self.model.step(torch.tensor(last_ids, device=self.model.device), self.pool.view(n_rows))
-        self.pool.write(states)
+        self.pool.write(states.select(slice(0, self.num_running)))
         return self._advance(0, logits[: self.num_running].cpu())
 
     def _advance(self, first_row: int, logits: Tensor) -> list[RequestOutput]:
@@ -229,7 +234,7 @@ class LLMEngine:
 
     # The prefix cache
 
-    def _remember(self, request: Request, token_ids: list[int], snapshot: Snapshot) -> None:
+    def _remember(self, request: Request, token_ids: Items[int], snapshot: Snapshot) -> None:
         if self.config.prefix_cache_bytes:
             self.prefix_cache.put(token_ids, snapshot, request.cache_salt)
 

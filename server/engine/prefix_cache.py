@@ -29,7 +29,8 @@ class PrefixCache:
     """Snapshots by token ids, least recently used out first, within a budget of bytes.
 
     A state cannot be rolled back, so a prefix is found only where a snapshot was taken. Keys are digests of the token
-    ids, of the model's fingerprint and of a salt; requests see only snapshots of their own salt.
+    ids, of the model's fingerprint and of a salt; requests see only snapshots of their own salt. Long sequences of ids
+    are hashed fastest as array("i").
     """
 
     def __init__(self, max_bytes: int, fingerprint: bytes = b"") -> None:
@@ -88,7 +89,7 @@ class PrefixCache:
 
     def _digests(self, token_ids: Sequence[int], lengths: Sequence[int], salt: str) -> list[bytes]:
         """The key of each prefix, for rising lengths; the tokens are hashed once for all of them."""
-        ids = memoryview(array("i", token_ids[: lengths[-1]] if lengths else []))
+        ids = memoryview(token_ids if isinstance(token_ids, array) else array("i", token_ids))
         person = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).digest()
         running = hashlib.blake2b(self._fingerprint, digest_size=16, person=person)
         keys, start = [], 0

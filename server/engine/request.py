@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from model.sampling import Sampler, SamplingParams
 from server.engine.detokenizer import Detokenizer
@@ -89,7 +91,11 @@ class Request:
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, init=False)
-    sequences: list[Sequence] = field(default_factory=list, init=False)  # those not yet ended
+
+    @cached_property
+    def prompt_array(self) -> array[int]:
+        """The prompt as the prefix cache hashes it fastest."""
+        return array("i", self.prompt_ids)
 
     @property
     def num_prompt_tokens(self) -> int:

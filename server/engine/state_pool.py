@@ -15,7 +15,7 @@ class StatePool:
 
     def __init__(self, empty: AFTState, n_slots: int) -> None:
         """empty: the state of one sequence before its first token."""
-        self.n_slots = n_slots
+        self.n_slots, self._empty = n_slots, empty
         self._states = AFTState.concatenate([empty] * n_slots)
         self._n_used = 0
 
@@ -45,15 +45,16 @@ class StatePool:
         return row
 
     def remove(self, row: int) -> None:
-        """Free a row; the last one takes its place."""
+        """Free a row; the last one takes its place, and the first free row is empty again."""
         last = self._n_used - 1
         assert 0 <= row <= last
         if row != last:
             self.write(self._states.select(slice(last, last + 1)), row)
+        self.write(self._empty, last)
         self._n_used = last
 
     def view(self, n_rows: int) -> AFTState:
-        """The first rows, without a copy. Rows beyond len(pool) hold states of sequences that are gone."""
+        """The first rows, without a copy. Those beyond len(pool) are empty states."""
         return self._states.select(slice(0, n_rows))
 
     def write(self, states: AFTState, row: int = 0) -> None:

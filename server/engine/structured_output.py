@@ -8,6 +8,7 @@ and because it needs neither a Hugging Face tokenizer nor a compiler.
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -59,20 +60,25 @@ class Matcher:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer, and keeps those used last."""
+    """Compiles grammars for one tokenizer, and keeps those used last. May be called from any thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)))
         self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
+        self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> Matcher:
         """A matcher at the start of `grammar`. Raises InvalidRequestError if that is not valid."""
-        if grammar not in self._compiled:
-            self._compiled[grammar] = self._compile(grammar)
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar)  # unlocked: a slow grammar must not hold up the others
+        with self._lock:
+            self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return self._compiled[grammar].copy()
+        return matcher.copy()
 
     def _compile(self, grammar: Grammar) -> Matcher:
         if grammar.kind == "regex":
@@ -81,7 +87,7 @@ class GrammarCompiler:
             try:
                 json.loads(grammar.source)
                 source = LLMatcher.grammar_from_json_schema(grammar.source, defaults=JSON_FORMAT)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidRequestError(f"grammar is not a JSON schema: {error}.") from error
         problem = LLMatcher.validate_grammar(source, self._tokenizer)
         if problem and not problem.startswith("WARNING"):

@@ -27,19 +27,21 @@ class TokenProcessor:
 
         What goes wrong with one sequence becomes the error of its output, and touches no other.
         """
-        errors: dict[int, ServerError] = {}
+        normalizers = logits.logsumexp(-1)
+        errors = _not_finite(normalizers)
         allowed = self._allowed(sequences, logits, errors)
         good = [row for row in range(len(sequences)) if row not in errors]
         chosen = sample(allowed if not errors else allowed[good], [sequences[row].sampler for row in good])
         token_ids = dict(zip(good, chosen, strict=True))
-        logprobs = self._logprobs(logits, token_ids)
+        # A row without a token looks up token 0, and throws that away.
+        column = torch.tensor([i if isinstance(i := token_ids.get(row), int) else 0 for row in range(len(sequences))])
+        logprobs = (logits.gather(-1, column.unsqueeze(-1)).squeeze(-1) - normalizers).tolist()
         outputs = []
         for row, sequence in enumerate(sequences):
             error, token_id = errors.get(row), token_ids.get(row)
             if isinstance(token_id, SamplingError):
                 error = GenerationError(str(token_id))
-            if error is None:
-                assert isinstance(token_id, int)
+            elif token_id is not None:
                 top = top_logprobs(logits[row], sequence.request.params.logprobs)
                 try:
                     outputs.append(self._output(sequence, token_id, logprobs[row], top))
@@ -51,10 +53,6 @@ class TokenProcessor:
 
     def _allowed(self, sequences: Rows[Sequence], logits: Tensor, errors: dict[int, ServerError]) -> Tensor:
         """The logits under each sequence's grammar; records the rows that fail."""
-        finite = torch.isfinite(logits).all(-1)
-        if not bool(finite.all()):
-            for row in (~finite).nonzero().flatten().tolist():
-                errors[row] = GenerationError("The model's logits are not finite.")
         constrained = [row for row, sequence in enumerate(sequences) if sequence.matcher and row not in errors]
         if not constrained:
             return logits
@@ -67,12 +65,6 @@ class TokenProcessor:
             except Exception as problem:
                 errors[row] = failure(problem)
         return logits
-
-    def _logprobs(self, logits: Tensor, token_ids: dict[int, int | SamplingError]) -> dict[int, float]:
-        rows = [row for row, token_id in token_ids.items() if isinstance(token_id, int)]
-        ids = [token_id for token_id in token_ids.values() if isinstance(token_id, int)]
-        values = logits[rows, ids] - logits[rows].logsumexp(-1)
-        return dict(zip(rows, values.tolist(), strict=True))
 
     def _output(self, sequence: Sequence, token_id: int, logprob: float, top: TopLogprobs | None) -> RequestOutput:
         text, special, reason = self._read(sequence, token_id)
@@ -90,17 +82,24 @@ class TokenProcessor:
             tail = detokenizer.finish()
             return tail or self.tokenizer.token_text(token_id), not tail, end
         token_bytes = self.tokenizer.token_bytes[token_id]
-        text, special = detokenizer.append(token_bytes), not token_bytes
+        text = detokenizer.append(token_bytes)
         reason: FinishReason | None = None
         if sequence.matcher:
             sequence.matcher.accept(token_id)
         if detokenizer.stopped_by is not None:
-            return text, special, FinishReason.STOP_SEQUENCE
+            return text, False, FinishReason.STOP_SEQUENCE
         if sequence.matcher and sequence.matcher.is_complete:
             reason = FinishReason.END_OF_TEXT
         elif len(sequence.token_ids) == params.max_tokens:
             reason = FinishReason.LENGTH
-        return text + (detokenizer.finish() if reason else ""), special, reason
+        text += detokenizer.finish() if reason else ""
+        return text, not token_bytes and not text, reason
+
+
+def _not_finite(normalizers: Tensor) -> dict[int, ServerError]:
+    """An error for each row of logits that holds NaN or infinity, and so sums to that."""
+    bad = (~torch.isfinite(normalizers)).nonzero().flatten().tolist()
+    return {row: GenerationError("The model's logits are not finite.") for row in bad}
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Rows[int], n_top: int) -> list[PromptLogprob]:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import httpx2
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError
+
+from tests.e2e.conftest import Server
 
 README = Path(__file__).parent.parent.parent / "README.md"
 
@@ -88,6 +91,33 @@ def test_a_client_that_leaves_frees_its_place(url: str) -> None:
             assert next(response.iter_lines()).startswith("data:")
     answer = httpx2.post(f"{url}/generate", json={"inputs": "The fox", "parameters": {"max_new_tokens": 2}}, timeout=10)
     assert answer.status_code == 200
+
+
+def test_a_client_that_leaves_the_queue_leaves_no_request_there(checkpoint: Path) -> None:
+    """One place, taken; streams that wait for it are given up. The queue of 1 has room again each time."""
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**9}, "stream": True}
+    with (
+        Server("--model", str(checkpoint), "--max-num-seqs", "1", "--max-queue-length", "1") as server,
+        httpx2.stream("POST", f"{server.url}/generate", json=body) as running,
+    ):
+        lines = running.iter_lines()  # kept: the stream is closed when it is collected
+        assert next(lines).startswith("data:")
+        for _ in range(5):
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(f"{server.url}/generate", json=body, timeout=httpx2.Timeout(5, read=0.2))
+            time.sleep(0.2)
+
+
+def test_a_request_past_its_time_ends(checkpoint: Path) -> None:
+    grammar = {"type": "regex", "value": "[a-z]{900000}"}  # which the model cannot end
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**9, "grammar": grammar}}
+    with Server("--model", str(checkpoint), "--request-timeout", "0.3") as server:
+        answer = httpx2.post(f"{server.url}/generate", json=body, timeout=10)
+        assert answer.status_code == 504
+        stream = httpx2.post(f"{server.url}/generate", json={**body, "stream": True}, timeout=10)
+        assert stream.status_code == 200
+        last = json.loads(stream.text.strip().split("\n\n")[-1].removeprefix("data:"))
+        assert last == {"error": "The request was not done by its deadline.", "error_type": "generation"}
 
 
 def test_a_client_that_leaves_before_the_answer_frees_its_place(url: str) -> None:

@@ -138,6 +138,23 @@ def test_any_finite_logits_give_a_token(
     assert 0 <= token_id < len(logits)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1e-38},
+        {"repetition_penalty": 1e30},
+        {"frequency_penalty": -1e30},
+        {"presence_penalty": 1e30, "temperature": 1e-30},
+        {"logit_bias": {0: 1e30, 1: -1e30}},
+    ],
+)
+def test_extreme_penalties_still_give_tokens(fields: dict[str, object]) -> None:
+    one = sampler(SamplingParams(**fields), prompt=(0, 1, 2, 3, 4))  # type: ignore[arg-type]
+    for _ in range(20):
+        (token_id,) = sample(LOGITS.unsqueeze(0), [one])
+        assert token_id in range(5)
+
+
 def test_a_seed_fixes_the_draws_and_each_text_has_its_own() -> None:
     def text(seed: int, index: int) -> list[object]:
         one = sampler(SamplingParams(seed=seed), index=index)
@@ -171,9 +188,11 @@ def test_no_token_left_is_an_error_of_that_row_alone() -> None:
         ("typical_p", 0.0),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e39),
         ("frequency_penalty", math.nan),
         ("presence_penalty", math.inf),
         ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: 1e39}),
         ("allowed_token_ids", ()),
         ("stop", ("a", "")),
         ("seed", 2**64),

@@ -65,5 +65,7 @@ def test_a_bad_prompt_has_an_error_and_the_others_their_texts(llm: LLM) -> None:
 def test_leaving_the_stream_frees_the_slots(llm: LLM) -> None:
     stream = llm.stream(["a", "b", "c"], [SamplingParams(max_tokens=1), *[SamplingParams(max_tokens=10**9)] * 2])
     next(stream)
+    with pytest.raises(RuntimeError, match="Another stream of this LLM is not done"):
+        llm.generate(["d"], SamplingParams())
     stream.close()  # type: ignore[attr-defined]
     assert not llm.engine.has_work

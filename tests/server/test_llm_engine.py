@@ -274,6 +274,40 @@ def test_batch_invariance_is_bitwise(variant: Variant) -> None:
     assert all(one.num_cached_tokens == one.num_prompt_tokens for one in together)
 
 
+def test_batch_invariance_outlives_the_positions_of_unused_rows() -> None:
+    """Rows that nobody uses are decoded too, but must not run out of positions."""
+    config = EngineConfig(max_num_seqs=3, chunk_size=8, batch_invariant=True)
+    engine = LLMEngine(random_model(tiny_config("local", max_positions=32)), WORDS, config)
+    for i in range(10):
+        results = run(engine, request(f"{i}", max_tokens=20, ignore_eos=True))
+        assert len(token_ids(results[f"{i}", 0])) == 20
+
+
+def test_a_request_that_fails_as_its_texts_start_leaves_nothing_behind() -> None:
+    engine = LLMEngine(MODEL, WORDS, SMALL)
+    with mock.patch("server.engine.llm_engine.Sampler", side_effect=RuntimeError("no sampler")):
+        results = run(engine, request("fails", n=2))  # checks that the engine is idle
+    assert isinstance(results["fails", 0][0].error, GenerationError)
+    one = request("next", n_prompt=20, max_tokens=10)
+    assert token_ids(run(engine, one)["next", 0]) == alone(one)
+
+
+def test_held_back_text_is_not_lost_to_a_special_token() -> None:
+    """With ignore_eos, end of text is the last token by length, while "h" may still become a stop string."""
+    (letter,) = WORDS.encode("h")
+    one = request(
+        ignore_eos=True,
+        max_tokens=2,
+        stop=("he said",),
+        frequency_penalty=2000.0,
+        logit_bias={letter: 1000.0, 1: 500.0},
+        allowed_token_ids=(letter, 1),
+    )
+    outputs = run(LLMEngine(MODEL, WORDS), one)["a", 0]
+    assert token_ids(outputs) == [letter, 1]
+    assert text(outputs) == "h"
+
+
 def test_a_full_batch_takes_turns_fairly() -> None:
     """A long prompt is read in chunks between the tokens of others, and short prompts pass it."""
     engine = LLMEngine(MODEL, WORDS, SMALL)
@@ -376,6 +410,9 @@ def test_grammar_constrains_the_text() -> None:
     ("one", "message"),
     [
         (Request("a", []), "at least one token"),
+        (Request("a", [1, 400]), "token ids from 0 to 399"),
+        (Request("a", [-1]), "token ids from 0 to 399"),
+        (Request("a", [2**40]), "token ids from 0 to 399"),
         (request(n=5), "n and best_of must be at most 4, .* not 5"),
         (request(logit_bias={400: 1.0}), "logit_bias must hold token ids from 0 to 399, not 400"),
     ],

@@ -71,9 +71,14 @@ def test_two_processes_give_the_losses_of_one(text: Path, tmp_path: Path) -> Non
         (["--data", "nowhere.txt"], "error: "),
         (["--data", "x.txt:-1"], "error: data must be PATH or PATH:REPEATS"),
         (["--data", "x.txt", "--steps", "0"], "error: steps must be at least 1, not 0."),
+        (
+            ["--data", "TEXT", "--validation", "TEXT", "--variant", "full", *SETTINGS, "--max-positions", "16"],
+            "tokens of a validation document, not 16.",
+        ),
     ],
 )
-def test_mistakes_end_in_a_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_mistakes_end_in_a_sentence(arguments: list[str], message: str, text: Path, tmp_path: Path) -> None:
+    arguments = [str(text) if argument == "TEXT" else argument for argument in arguments]
     done = run(*arguments, "--out", str(tmp_path / "run"))
     assert done.returncode == 1
     assert message in done.stderr

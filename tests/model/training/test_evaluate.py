@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def test_bits_per_character_are_those_of_each_text_read_alone(tokenizer: Tokeniz
         log_probabilities = model(torch.tensor([ids]))[0][0].log_softmax(-1)
         nats -= sum(float(log_probabilities[i, ids[i + 1]]) for i in range(len(ids) - 1))
     expected = nats / math.log(2) / len("".join(STORIES))
-    for batch_size in (1, 2, 16):
-        actual = bits_per_character(model, tokenizer, STORIES, batch_size=batch_size)
+    for batch_size, chunk in ((1, 512), (2, 512), (16, 512), (2, 7)):
+        with mock.patch("model.training.evaluate.CHUNK", chunk):
+            actual = bits_per_character(model, tokenizer, STORIES, batch_size=batch_size)
         assert actual == pytest.approx(expected, rel=1e-5)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_resume_refuses_another_run(tokenizer: Tokenizer, tmp_path: Path) -> Non
         other.resume()
     with pytest.raises(CheckpointError, match=r"no training_state\.safetensors in .*nowhere to resume from"):
         trainer(tokenizer, tmp_path / "nowhere").resume()
+
+
+def test_resume_refuses_other_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = trainer(tokenizer, tmp_path)
+    run.save()
+    run.batches.streams[0][0][5] += 1
+    with pytest.raises(CheckpointError, match="was written with tokens = "):
+        run.resume()
+
+
+def test_a_batch_must_divide_among_the_processes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with (
+        mock.patch("model.training.trainer.process_count", return_value=3),
+        pytest.raises(ConfigError, match="batch_size must be a multiple of the 3 processes, not 4"),
+    ):
+        trainer(tokenizer, tmp_path)
 
 
 def test_gradients_are_clipped(tokenizer: Tokenizer, tmp_path: Path) -> None:
