@@ -19,7 +19,6 @@ from server.errors import GenerationError, OverloadedError, ServerError, Shuttin
 
 logger = logging.getLogger(__name__)
 
-SHUTTING_DOWN = ShuttingDownError("The server is shutting down.")
 LONG_PROMPT = 4096  # characters from which a prompt is tokenised in a thread, so that streams go on meanwhile
 
 
@@ -139,7 +138,7 @@ class AsyncEngine:
 
     def _check_ready(self) -> None:
         if not self.is_ready:
-            raise SHUTTING_DOWN
+            raise _shutting_down()
 
     def _let_go(self, request_id: str) -> None:
         self._n_requests -= 1
@@ -152,13 +151,13 @@ class AsyncEngine:
             while not self.engine.has_work or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
-                    return self._end_all(SHUTTING_DOWN)
+                    return self._end_all(_shutting_down)
                 command()
             try:
                 outputs = self.engine.step()
             except Exception:
                 logger.exception("A step failed; every request ends with it.")
-                self._end_all(GenerationError("Generation failed in the server."))
+                self._end_all(lambda: GenerationError("Generation failed in the server."))
                 continue
             for output in outputs:
                 self._streams[output.request_id].put(output)
@@ -171,7 +170,12 @@ class AsyncEngine:
         if self._streams.pop(request_id, None):
             self.engine.abort_request(request_id)
 
-    def _end_all(self, error: ServerError) -> None:
+    def _end_all(self, make_error: Callable[[], ServerError]) -> None:
+        # An error of its own for each stream: raising one keeps its traceback in it.
         for request_id, stream in self._streams.items():
             self.engine.abort_request(request_id)
-            stream.put(RequestOutput(request_id, error=error))
+            stream.put(RequestOutput(request_id, error=make_error()))
+
+
+def _shutting_down() -> ServerError:
+    return ShuttingDownError("The server is shutting down.")

@@ -66,11 +66,10 @@ class LLMEngine:
 
     def check_request(self, request: Request) -> None:
         """Raises InvalidRequestError or SamplingError if the request can never run. May be called from any thread."""
-        params = request.params
-        params.check_vocabulary(self.model.config.vocab_size)
+        params, vocab_size = request.params, self.model.config.vocab_size
+        params.check_vocabulary(vocab_size)
         if not request.prompt_ids:
             raise InvalidRequestError("The prompt must have at least one token.")
-        vocab_size = self.model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
             raise InvalidRequestError(f"The prompt must be of token ids from 0 to {vocab_size - 1}.")
         if params.n_generated > self.scheduler.n_slots:
@@ -112,9 +111,10 @@ class LLMEngine:
 
     def _expire(self) -> list[RequestOutput]:
         now = self._clock()
-        expired = self._remove(lambda request: request.deadline <= now)
-        error = RequestTimeoutError("The request was not done by its deadline.")
-        return [RequestOutput(request.request_id, error=error) for request in expired]
+        return [
+            RequestOutput(request.request_id, error=RequestTimeoutError("The request was not done by its deadline."))
+            for request in self._remove(lambda request: request.deadline <= now)
+        ]
 
     # Reading prompts
 
