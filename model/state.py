@@ -106,8 +106,14 @@ class AFTState:
         return AFTState.from_tensors([tensor[index] for tensor in self.tensors()])
 
     def clone(self) -> AFTState:
-        """A copy that shares no memory and holds no more than its size."""
-        return AFTState.from_tensors([tensor.clone(memory_format=torch.contiguous_format) for tensor in self.tensors()])
+        """A copy that shares no memory and holds no more than its size, in one block: kept by the thousand, states in
+        many small pieces would fragment the heap.
+        """
+        position, *parts = self.tensors()
+        block = torch.cat([part.flatten() for part in parts])
+        pieces = torch.split(block, [part.numel() for part in parts])
+        copies = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        return AFTState.from_tensors([position.clone(), *copies])
 
     @staticmethod
     def concatenate(states: Sequence[AFTState]) -> AFTState:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from model import AFTConfig, AFTForCausalLM, Tokenizer, save_checkpoint
 from model.config import Variant
 
 # Tiny tensors gain nothing from a second thread, and waiting for it makes tests on two cores several times slower.
 torch.set_num_threads(1)
+
+# How long an example takes, or takes to make, says more about the machine than about the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 STORIES = [
     "Once upon a time there was a red fox. It lived in a small house by the sea.\n\nOne day it met a blue bird.",

@@ -104,8 +104,8 @@ def test_a_client_that_leaves_the_queue_leaves_no_request_there(checkpoint: Path
         assert next(lines).startswith("data:")
         for _ in range(5):
             with pytest.raises(httpx2.ReadTimeout):
-                httpx2.post(f"{server.url}/generate", json=body, timeout=httpx2.Timeout(5, read=0.2))
-            time.sleep(0.2)
+                httpx2.post(f"{server.url}/generate", json=body, timeout=httpx2.Timeout(5, read=0.3))
+            time.sleep(0.5)
 
 
 def test_a_request_past_its_time_ends(checkpoint: Path) -> None:

@@ -118,7 +118,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def exact(variant: Variant, w_scale: float, jump: float) -> Callable[[], None]:
     """The property, for hypothesis to run: all forms agree with the float64 reference."""
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(case=cases(variant, w_scale, jump), block=st.sampled_from([1, 2, 5, 64]), data=st.data())
     def check(case: Case, block: int, data: st.DataObject) -> None:
         n_tokens = case.keys.shape[1]

@@ -157,7 +157,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestAnySchedule = EngineMachine.TestCase
-TestAnySchedule.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestAnySchedule.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 def test_ends_with_its_length_or_the_end_of_text() -> None:
