@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class LLMEngine:
         params.check_vocabulary(vocab_size)
         if not request.prompt_ids:
             raise InvalidRequestError("The prompt must have at least one token.")
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
+        if not _all_below(request, vocab_size):
             raise InvalidRequestError(f"The prompt must be of token ids from 0 to {vocab_size - 1}.")
         if params.n_generated > self.scheduler.n_slots:
             raise InvalidRequestError(
@@ -245,3 +246,12 @@ class LLMEngine:
         if n_read and self.config.prefix_cache_bytes and not self.config.batch_invariant:
             token_ids = sequence.request.prompt_ids + sequence.token_ids[:n_read]
             self._remember(sequence.request, token_ids, Snapshot(self.pool.snapshot(row), logits.clone()))
+
+
+def _all_below(request: Request, vocab_size: int) -> bool:
+    """Whether all ids of the prompt are from 0 to vocab_size - 1; by numpy, since prompts are long."""
+    try:
+        ids = np.frombuffer(request.prompt_array, dtype=np.intc)
+    except OverflowError:
+        return False
+    return bool(ids.min() >= 0 and ids.max() < vocab_size)
