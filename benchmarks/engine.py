@@ -11,16 +11,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from model import AFTConfig, AFTForCausalLM, Tokenizer, load_checkpoint
+from server import BUNDLED_MODEL
 from server.engine import EngineConfig, LLMEngine, Request, SamplingParams
 
-BUNDLED = Path(__file__).parent.parent / "weights" / "aft-conv-stories"
 BATCH = 32
 ENDLESS = SamplingParams(temperature=0, max_tokens=10**9, ignore_eos=True)
 
@@ -38,7 +37,7 @@ class ByteTokenizer(Tokenizer):
 
 def load(large: bool) -> tuple[AFTForCausalLM, Tokenizer]:
     if not large:
-        return load_checkpoint(BUNDLED)
+        return load_checkpoint(BUNDLED_MODEL)
     torch.manual_seed(0)
     config = AFTConfig(variant="conv", vocab_size=32_000, d_model=768, n_layer=12, n_head=12, window=32)
     return AFTForCausalLM(config).eval().requires_grad_(False), ByteTokenizer(32_000)

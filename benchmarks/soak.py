@@ -17,10 +17,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.engine import BUNDLED
 from model import load_checkpoint
 from model.errors import ModelError
 from model.sampling import Grammar, SamplingParams
+from server import BUNDLED_MODEL
 from server.engine import AsyncEngine, EngineConfig, LLMEngine
 from server.errors import InvalidRequestError, OverloadedError, RequestTimeoutError
 
@@ -39,7 +39,7 @@ def main(
 
 
 async def soak(n_requests: int, n_clients: int, chance: random.Random) -> None:
-    model, tokenizer = load_checkpoint(BUNDLED)
+    model, tokenizer = load_checkpoint(BUNDLED_MODEL)
     engine = AsyncEngine(LLMEngine(model, tokenizer, EngineConfig(max_queue_length=40, prefix_cache_bytes=2**26)))
     engine.start()
     outcomes: Counter[str] = Counter()

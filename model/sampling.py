@@ -147,7 +147,7 @@ class Sampler:
         self.n_tokens = 0
         self.end_ids = (*params.stop_token_ids, *(() if params.ignore_eos else (end_of_text_id,)))
         self._generator = torch.Generator().manual_seed((params.seed + index) % 2**64)
-        self._bias = self._static_bias(end_of_text_id)
+        self._bias = self._static_bias()
         self._counts: Tensor | None = None  # [V], how often the text has each token
         self._seen: Tensor | None = None  # [V], whether prompt or text has it
         if params.frequency_penalty or params.presence_penalty:
@@ -188,7 +188,7 @@ class Sampler:
         if self._seen is not None:
             self._seen[token_id] = True
 
-    def _static_bias(self, end_of_text_id: int) -> Tensor | None:
+    def _static_bias(self) -> Tensor | None:
         params = self.params
         if not (params.logit_bias or params.banned_token_ids or params.allowed_token_ids is not None):
             return None

@@ -100,10 +100,9 @@ class AFTState:
         layers = tuple(LayerState.from_tensors(tensors[i : i + n]) for i in range(1, len(tensors), n))
         return AFTState(tensors[0], layers)
 
-    def select(self, rows: slice | Sequence[int]) -> AFTState:
-        """The sequences at `rows`, in that order: views for a slice, copies for a list."""
-        index = rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.long, device=self.position.device)
-        return AFTState.from_tensors([tensor[index] for tensor in self.tensors()])
+    def select(self, rows: slice) -> AFTState:
+        """The sequences at `rows`, as views."""
+        return AFTState.from_tensors([tensor[rows] for tensor in self.tensors()])
 
     def clone(self) -> AFTState:
         """A copy that shares no memory and holds no more than its size, in one block: kept by the thousand, states in

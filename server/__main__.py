@@ -10,13 +10,13 @@ import uvicorn
 
 from model.checkpoint import load_checkpoint
 from model.errors import ModelError
+from server import BUNDLED_MODEL
 from server.api.app import create_app
 from server.draining import DrainingServer
 from server.engine import EngineConfig, LLMEngine
 from server.errors import ConfigurationError
 
 MIB = 2**20
-BUNDLED_MODEL = Path(__file__).parent.parent / "weights" / "aft-conv-stories"
 
 
 def main(

@@ -19,9 +19,9 @@ from rich.progress import track
 
 from model.errors import ModelError
 from model.sampling import SamplingParams
-from server.__main__ import BUNDLED_MODEL
+from server import BUNDLED_MODEL
 from server.api.generate import details, sampling_params
-from server.api.protocol import GenerateParameters, parse_generate_request
+from server.api.protocol import parse_generate_request
 from server.engine import EngineConfig
 from server.engine.llm import LLM, Result
 from server.errors import InvalidRequestError, ServerError
@@ -40,11 +40,11 @@ def main(
     done = finished_ids(target)
     with target.open("a", encoding="utf-8") as out:
         items: list[Item] = []
-        for item_id, line in requests(source):
+        for item_id, fields in requests(source):
             if json.dumps(item_id) in done:
                 continue
             try:
-                items.append(parse(item_id, line))
+                items.append(parse(item_id, fields))
             except InvalidRequestError as error:
                 write(out, {"id": item_id, "error": str(error)})
         llm = LLM(model, EngineConfig(max_num_seqs=max_num_seqs), device=device)
@@ -54,35 +54,27 @@ def main(
             write(out, {"id": item_id, **answer(result, params, prefix)})
 
 
-def requests(source: Path) -> Iterator[tuple[Any, str]]:
-    """(id, line) of every line that is not empty."""
+def requests(source: Path) -> Iterator[tuple[Any, object]]:
+    """(id, JSON value) of every line that is not empty; the value is an InvalidRequestError if it is not JSON."""
     with source.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
-            if line.strip():
-                yield _id_of(line, number), line
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                fields = InvalidRequestError(f"The line is not JSON: {error}.")
+            yield fields.pop("id", number) if isinstance(fields, dict) else number, fields
 
 
-def _id_of(line: str, number: int) -> Any:
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        return number
-    return fields.get("id", number) if isinstance(fields, dict) else number
-
-
-def parse(item_id: Any, line: str) -> Item:
-    """Raises InvalidRequestError for a line that is not a request."""
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequestError(f"The line is not JSON: {error}.") from error
-    if isinstance(fields, dict):
-        fields.pop("id", None)
+def parse(item_id: Any, fields: object) -> Item:
+    """Raises InvalidRequestError for what is not a request."""
+    if isinstance(fields, InvalidRequestError):
+        raise fields
     body = parse_generate_request(fields)
-    given = body.parameters or GenerateParameters(do_sample=True)
-    if body.stream or given.truncate is not None:
+    if body.stream or body.given.truncate is not None:
         raise InvalidRequestError("stream and truncate have no meaning in a batch file; leave them out.")
-    return item_id, body.inputs, sampling_params(given), body.inputs if given.return_full_text else ""
+    return item_id, body.inputs, sampling_params(body.given), body.prefix
 
 
 def answer(result: Result, params: SamplingParams, prefix: str) -> dict[str, Any]:

@@ -148,8 +148,10 @@ def prepare_tokenizer(
 def check_lengths(documents: list[str], tokenizer: Tokenizer, model: AFTForCausalLM) -> None:
     """Before hours of training rather than after: can the model read what it will be validated on?"""
     limit = model.config.context_limit
+    if limit is None:
+        return
     longest = max((len(tokenizer.encode(document)) for document in documents), default=0)
-    if limit is not None and longest > limit:
+    if longest > limit:
         raise ConfigError(f"max_positions must be at least the {longest} tokens of a validation document, not {limit}.")
 
 

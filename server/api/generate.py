@@ -52,12 +52,10 @@ class Generation:
 async def submit(body: GenerateRequest, http_request: Request) -> Generation:
     """Hand a request to the engine. Raises what `AsyncEngine.submit` does."""
     state = http_request.app.state
-    # TGI samples unless there is a parameters object.
-    given = body.parameters or GenerateParameters(do_sample=True)
     engine: AsyncEngine = state.engine
-    params = sampling_params(given)
+    params, given = sampling_params(body.given), body.given
     stream = await engine.submit(body.inputs, params, truncate=given.truncate, timeout=state.request_timeout)
-    return Generation(stream, body.inputs if given.return_full_text else "", bool(given.details))
+    return Generation(stream, body.prefix, bool(given.details))
 
 
 def sampling_params(given: GenerateParameters) -> SamplingParams:

@@ -81,6 +81,16 @@ class GenerateRequest(Body):
     )
     stream: bool | None = None
 
+    @property
+    def given(self) -> GenerateParameters:
+        """The parameters. TGI samples unless there is an object of them."""
+        return self.parameters or GenerateParameters(do_sample=True)
+
+    @property
+    def prefix(self) -> str:
+        """What generated_text begins with."""
+        return self.inputs if self.given.return_full_text else ""
+
 
 def parse_generate_request(fields: object) -> GenerateRequest:
     """Raises InvalidRequestError, in a sentence that names the field."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
@@ -46,7 +47,8 @@ class LLMEngine:
         empty = model.init_state(1)
         n_slots = min(self.config.max_num_seqs, StatePool.slots_within(empty, self.config.state_memory))
         self.pool = StatePool(empty, n_slots)
-        self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes, fingerprint(model))
+        cache_bytes = self.config.prefix_cache_bytes
+        self.prefix_cache = PrefixCache(cache_bytes, fingerprint(model) if cache_bytes else b"")
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(
             n_slots=n_slots,
@@ -244,7 +246,7 @@ class LLMEngine:
         n_read = len(sequence.token_ids) - 1
         # A batch-invariant engine must not go on from a state that was decoded where another run would read a prompt.
         if n_read and self.config.prefix_cache_bytes and not self.config.batch_invariant:
-            token_ids = sequence.request.prompt_ids + sequence.token_ids[:n_read]
+            token_ids = sequence.request.prompt_array + array("i", sequence.token_ids[:n_read])
             self._remember(sequence.request, token_ids, Snapshot(self.pool.snapshot(row), logits.clone()))
 
 

@@ -42,7 +42,8 @@ class TokenProcessor:
             if isinstance(token_id, SamplingError):
                 error = GenerationError(str(token_id))
             elif token_id is not None:
-                top = top_logprobs(logits[row], sequence.request.params.logprobs)
+                n_top = sequence.request.params.logprobs
+                top = None if n_top is None else top_logprobs(logits[row] - normalizers[row], n_top)
                 try:
                     outputs.append(self._output(sequence, token_id, logprobs[row], top))
                     continue
@@ -104,19 +105,15 @@ def _not_finite(normalizers: Tensor) -> dict[int, ServerError]:
 
 def prompt_logprobs(logits: Tensor, token_ids: Rows[int], n_top: int) -> list[PromptLogprob]:
     """Of each of `token_ids` [T], from the logits [T, V] of the position before it."""
-    log_probabilities = logits.log_softmax(-1)
-    result = []
-    for row, token_id in zip(log_probabilities, token_ids, strict=True):
-        top = top_logprobs(row, n_top) or ()
-        result.append(PromptLogprob(token_id, float(row[token_id]), top))
-    return result
+    return [
+        PromptLogprob(token_id, float(row[token_id]), top_logprobs(row, n_top))
+        for row, token_id in zip(logits.log_softmax(-1), token_ids, strict=True)
+    ]
 
 
-def top_logprobs(logits: Tensor, n_top: int | None) -> TopLogprobs | None:
-    """The `n_top` most likely tokens of logits [V] and their log-probabilities."""
-    if n_top is None:
-        return None
-    values, ids = logits.log_softmax(-1).topk(min(n_top, len(logits)))
+def top_logprobs(log_probabilities: Tensor, n_top: int) -> TopLogprobs:
+    """The `n_top` most likely tokens by log-probabilities [V]."""
+    values, ids = log_probabilities.topk(min(n_top, len(log_probabilities)))
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 

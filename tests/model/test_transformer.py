@@ -89,7 +89,7 @@ def test_a_batch_mixes_sequences_of_different_lengths(variant: Variant) -> None:
     for i, state in enumerate(states):
         alone, alone_after = model.step(next_ids[i : i + 1], state)
         torch.testing.assert_close(batched[i : i + 1], alone, rtol=1e-4, atol=1e-4)
-        assert_states_close(after.select([i]), alone_after)
+        assert_states_close(after.select(slice(i, i + 1)), alone_after)
     chunk = token_ids(4, 70, seed=8)
     batched, _ = model(chunk, together)
     for i, prompt in enumerate(prompts):
