@@ -7,7 +7,7 @@ ARGS ?=
 .PHONY: serve test check format train
 
 serve: $(VENV)/.serve  ## start the server on the bundled weights; ARGS="--port 8080 --model DIR"
-	$(BIN)/python -m server $(ARGS)
+	$(BIN)/aft serve $(ARGS)
 
 test: check  ## lint, types, all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -22,7 +22,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 train: $(VENV)/.test  ## ARGS="--data FILE --out DIR ..."
-	$(BIN)/python -m model.training $(ARGS)
+	$(BIN)/aft train $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,7 @@ from server import BUNDLED_MODEL
 from server.engine import EngineConfig, LLMEngine, Request, SamplingParams
 
 BATCH = 32
-ENDLESS = SamplingParams(temperature=0, max_tokens=10**9, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=10**6, ignore_eos=True)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 Large = Annotated[bool, typer.Option("--large", help="A model of 110 M parameters with random weights instead.")]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
+from model.watermark import DELTA, green_list
 
 LARGEST = 1e30  # of penalties and biases, and of logits after them: products and sums stay far from overflow
 
@@ -58,6 +59,7 @@ class SamplingParams:
     stop_token_ids       the text ends with the first of these tokens
     ignore_eos           whether end of text is a token like others
     include_stop         whether the stop string stays in the text
+    watermark            makes the tokens of a secret half of the vocabulary likelier, see `model.watermark`
     seed                 of the random generator of the first text; text i has seed + i
     logprobs             how many most likely tokens to report beside each token; None reports none
     prompt_logprobs      the same for the tokens of the prompt
@@ -83,6 +85,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop: bool = False
+    watermark: bool = False
     seed: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -146,6 +149,7 @@ class Sampler:
         self.params, self.vocab_size = params, vocab_size
         self.n_tokens = 0
         self.end_ids = (*params.stop_token_ids, *(() if params.ignore_eos else (end_of_text_id,)))
+        self._previous_id = prompt_ids[-1]
         self._generator = torch.Generator().manual_seed((params.seed + index) % 2**64)
         self._bias = self._static_bias()
         self._counts: Tensor | None = None  # [V], how often the text has each token
@@ -159,7 +163,8 @@ class Sampler:
     @property
     def adjusts(self) -> bool:
         too_short = self.n_tokens < self.params.min_tokens
-        return too_short or self._bias is not None or self._counts is not None or self._seen is not None
+        penalises = self._counts is not None or self._seen is not None
+        return too_short or penalises or self._bias is not None or self.params.watermark
 
     def adjust(self, logits: Tensor) -> None:
         """Apply penalties, biases and bans to logits [V], in place."""
@@ -171,6 +176,8 @@ class Sampler:
             logits -= params.frequency_penalty * self._counts + params.presence_penalty * (self._counts > 0)
         if self._bias is not None:
             logits += self._bias
+        if params.watermark:
+            logits += DELTA * green_list(self._previous_id, self.vocab_size)
         if self.n_tokens < params.min_tokens:
             logits[list(self.end_ids)] = -math.inf
         # A penalty near 0 takes a logit to infinity; the most likely tokens then are equally likely.
@@ -183,6 +190,7 @@ class Sampler:
     def observe(self, token_id: int) -> None:
         """Count a token that was chosen."""
         self.n_tokens += 1
+        self._previous_id = token_id
         if self._counts is not None:
             self._counts[token_id] += 1
         if self._seen is not None:

@@ -1,4 +1,4 @@
-"""`python -m server.batch in.jsonl out.jsonl`: generate for every line of a file.
+"""`aft batch in.jsonl out.jsonl`: generate for every line of a file.
 
 An input line is a body of POST /generate, `{"inputs": text, "parameters": {...}}`, with "id" if you like. An output
 line is `{"id": ..., "generated_text": ..., "details": {...}}` or `{"id": ..., "error": sentence}`; a line without an
@@ -17,14 +17,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from model.errors import ModelError
 from model.sampling import SamplingParams
+from model.tokenizer import Tokenizer
 from server import BUNDLED_MODEL
-from server.api.generate import details, sampling_params
-from server.api.protocol import parse_generate_request
+from server.api.tgi.protocol import parse_generate_request
+from server.api.tgi.serving import details, sampling_params
 from server.engine import EngineConfig
 from server.engine.llm import LLM, Result
-from server.errors import InvalidRequestError, ServerError
+from server.errors import InvalidRequestError
 
 Item = tuple[Any, str, SamplingParams, str]  # id, prompt, parameters, text to put before the answer
 
@@ -51,7 +51,7 @@ def main(
         results = llm.stream([prompt for _, prompt, _, _ in items], [params for _, _, params, _ in items])
         for i, result in track(results, "generating", total=len(items), console=Console(stderr=True)):
             item_id, _, params, prefix = items[i]
-            write(out, {"id": item_id, **answer(result, params, prefix)})
+            write(out, {"id": item_id, **answer(result, params, prefix, llm.tokenizer)})
 
 
 def requests(source: Path) -> Iterator[tuple[Any, object]]:
@@ -77,13 +77,13 @@ def parse(item_id: Any, fields: object) -> Item:
     return item_id, body.inputs, sampling_params(body.given), body.prefix
 
 
-def answer(result: Result, params: SamplingParams, prefix: str) -> dict[str, Any]:
+def answer(result: Result, params: SamplingParams, prefix: str, tokenizer: Tokenizer) -> dict[str, Any]:
     if result.error is not None:
         return {"error": str(result.error)}
     (completion,) = result.completions
-    assert completion.finish_reason is not None
-    told = details(completion.tokens, completion.finish_reason, params, result.num_cached_tokens)
-    return {"generated_text": prefix + completion.text, "details": told.model_dump(exclude={"tokens", "prefill"})}
+    told = details(completion, params, result.num_cached_tokens, tokenizer)
+    kept = {"finish_reason", "generated_tokens", "seed", "cached_tokens"}
+    return {"generated_text": prefix + completion.text, "details": told.model_dump(include=kept)}
 
 
 def finished_ids(target: Path) -> set[str]:
@@ -100,10 +100,3 @@ def finished_ids(target: Path) -> set[str]:
 def write(out: Any, fields: dict[str, Any]) -> None:
     out.write(json.dumps(fields) + "\n")
     out.flush()
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except (ModelError, ServerError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error

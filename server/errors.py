@@ -13,6 +13,18 @@ class InvalidRequestError(ServerError):
     """The request asks for something that does not exist or cannot work here."""
 
 
+class NotFoundError(ServerError):
+    """There is no such model or page."""
+
+
+class UnauthorizedError(ServerError):
+    """The request has no valid API key."""
+
+
+class PayloadTooLargeError(ServerError):
+    """The body has more bytes than this server reads."""
+
+
 class OverloadedError(ServerError):
     """The queue is full; the same request may succeed later."""
 
@@ -23,6 +35,10 @@ class RequestTimeoutError(ServerError):
 
 class GenerationError(ServerError):
     """Generation failed after the request was accepted."""
+
+
+class SlowReaderError(ServerError):
+    """The client did not read its stream for so long that the text was dropped."""
 
 
 class ShuttingDownError(ServerError):

@@ -8,14 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import matplotlib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.training.trainer import Record
-
-matplotlib.use("agg")
-from matplotlib import pyplot
 
 
 class ProgressReport:
@@ -63,6 +59,11 @@ class ProgressReport:
 
 def plot_history(path: Path, history: Sequence[Record]) -> None:
     """Training loss (nats per token) and validation (bits per character) against tokens read, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot  # here: who only serves has no matplotlib
+
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     tokens = [record.tokens for record in history]
     axes.plot(tokens, [record.loss for record in history], color="tab:blue", alpha=0.25, linewidth=0.6)

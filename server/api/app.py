@@ -2,37 +2,76 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import generate
+from server.api import operations, tokenize, ui
+from server.api.chat_template import ChatTemplate
+from server.api.config import APIConfig
+from server.api.context import Context
 from server.api.errors import add_error_handlers
+from server.api.middleware import APIKeys, BodyLimit, RequestLog
+from server.api.openai import router as openai
+from server.api.tgi import router as tgi
+from server.api.tracing import Tracer
 from server.engine import AsyncEngine, LLMEngine
+from server.metrics import Metrics
 
 
-def create_app(engine: LLMEngine, *, request_timeout: float | None = None) -> FastAPI:
+def create_app(
+    engine: LLMEngine, config: APIConfig | None = None, chat_template: ChatTemplate | None = None
+) -> FastAPI:
     """An application that serves `engine`, whose thread runs for the application's lifetime.
 
-    request_timeout: seconds after which a request fails, waiting included. The engine is at `app.state.engine`.
+    The engine's front is at `app.state.context.engine`.
     """
-    async_engine = AsyncEngine(engine)
+    config = config or APIConfig()
+    metrics = Metrics(engine, config.model_name)
+    async_engine = AsyncEngine(engine, metrics)
+    tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async_engine.start()
         yield
         async_engine.stop()
+        if tracer:
+            tracer.close()
 
-    app = FastAPI(title="AFT text generation", lifespan=lifespan)
-    app.state.engine, app.state.request_timeout = async_engine, request_timeout
-    app.include_router(generate.router)
+    app = FastAPI(
+        title="AFT server",
+        summary="Text generation with Attention Free Transformers",
+        version=version("aft-server"),
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.context = Context(async_engine, config, metrics, chat_template or ChatTemplate(), int(time.time()))
+    for router in (tgi.router, openai.router, tokenize.router, operations.router, ui.router):
+        app.include_router(router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     add_error_handlers(app)
-
-    @app.get("/health", responses={503: {}})
-    def health() -> Response:
-        """200 once the server can generate; 503 when it no longer can."""
-        return Response(status_code=200 if async_engine.is_ready else 503)
-
+    # The last one added sees a request first.
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_size)
+    if config.api_keys:
+        app.add_middleware(APIKeys, keys=config.api_keys)
+    if config.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestLog, tracer=tracer)
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document without the 422 that FastAPI adds by itself: under /v1, invalid bodies get 400."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for path, operations_at in document["paths"].items():
+            for operation in operations_at.values() if path.startswith("/v1/") else ():
+                operation["responses"].pop("422", None)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,10 +1,20 @@
-"""What pydantic finds wrong, said to a client."""
+"""How bodies are checked, and what pydantic finds wrong, said to a client."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Body(BaseModel):
+    """A body of which every field is known, and has just the type it says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def validation_sentence(errors: Sequence[Any], body_prefix: int = 0) -> str:
@@ -15,14 +25,31 @@ def validation_sentence(errors: Sequence[Any], body_prefix: int = 0) -> str:
     first = errors[0]
     if first["type"] == "json_invalid":
         return f"The body is not JSON: {first['ctx']['error']}."
-    field = ".".join(str(part) for part in first["loc"][body_prefix:])
+    field = invalid_field(errors, body_prefix)
+    if field is None and isinstance(first.get("input"), bytes):
+        return "The body must be JSON, sent with Content-Type: application/json."
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return f"{field} is not a known parameter."
     if first["type"] == "value_error":
-        return f"{message}."
-    shown = json.dumps(first.get("input"), default=repr)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        return f"{field}: {message}." if field else f"{message}."
+    shown = _shown(first.get("input"))
     return (
         f"{field or 'The body'}: {message}, not {shown}." if shown != "null" else f"{field or 'The body'}: {message}."
     )
+
+
+def invalid_field(errors: Sequence[Any], body_prefix: int = 0) -> str | None:
+    """The field of the first of pydantic's errors; None if it is the body itself."""
+    return ".".join(str(part) for part in errors[0]["loc"][body_prefix:])[:200] or None
+
+
+def _shown(value: object) -> str:
+    """The start of a value as JSON, in ASCII: it may hold lone surrogates, and be long."""
+    if isinstance(value, str | list):
+        value = value[:80]
+    try:
+        shown = json.dumps(value, default=repr)
+    except (ValueError, RecursionError):
+        shown = "this"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

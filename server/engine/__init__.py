@@ -1,21 +1,27 @@
 """Generation without HTTP: a synchronous engine with continuous batching, and its asyncio front."""
 
 from model.sampling import Grammar, SamplingParams
-from server.engine.async_engine import AsyncEngine
+from server.engine.async_engine import AsyncEngine, RequestStream
+from server.engine.completion import Completion, best
 from server.engine.config import EngineConfig
 from server.engine.llm import LLM
 from server.engine.llm_engine import LLMEngine
-from server.engine.request import FinishReason, Request, RequestOutput, TokenOutput
+from server.engine.request import FinishReason, PromptLogprob, Request, RequestOutput, TokenOutput, TopLogprobs
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "Completion",
     "EngineConfig",
     "FinishReason",
     "Grammar",
     "LLMEngine",
+    "PromptLogprob",
     "Request",
     "RequestOutput",
+    "RequestStream",
     "SamplingParams",
     "TokenOutput",
+    "TopLogprobs",
+    "best",
 ]

@@ -1,4 +1,4 @@
-"""The engine for asyncio: a thread runs the steps, and each request reads its outputs from a queue of its own."""
+"""The engine for asyncio: a thread runs the steps, and each request reads its outputs from a buffer of its own."""
 
 from __future__ import annotations
 
@@ -10,53 +10,111 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
-from model.sampling import SamplingParams
+from model.sampling import Grammar, SamplingParams
 from server.engine.llm_engine import LLMEngine
-from server.engine.request import Request, RequestOutput
-from server.engine.structured_output import GrammarCompiler
-from server.errors import GenerationError, OverloadedError, ServerError, ShuttingDownError
+from server.engine.request import FinishReason, Request, RequestOutput
+from server.engine.structured_output import GrammarCompiler, Matcher
+from server.errors import (
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    ServerError,
+    ShuttingDownError,
+    SlowReaderError,
+)
 
 logger = logging.getLogger(__name__)
 
 LONG_PROMPT = 4096  # characters from which a prompt is tokenised in a thread, so that streams go on meanwhile
+MAX_UNREAD = 4096  # outputs that a client may leave unread before its request is dropped
 
 
 class RequestStream:
-    """Outputs of a request as they come. Iterating raises the ServerError that ends it; `close` aborts it."""
+    """Outputs of a request as they come, read by one reader. `close` aborts what is not done; it must be called.
 
-    def __init__(self, request: Request, close: Callable[[], None]) -> None:
+    Times are of time.monotonic(). num_unfinished: texts that have not ended.
+    """
+
+    def __init__(self, request: Request, close: Callable[[RequestStream], None]) -> None:
         self.request = request
-        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._n_unfinished = request.params.n_generated
-        self._close: Callable[[], None] | None = close
+        self.first_token_at: float | None = None
+        self.last_token_at: dict[int, float] = {}  # by index of the text
+        self.finish_reasons: list[FinishReason] = []
+        self.num_generated_tokens = 0
+        self.error: ServerError | None = None
+        self._unread: list[RequestOutput] = []
+        self._has_unread = asyncio.Event()
+        self._n_to_read = request.params.n_generated
+        self._close: Callable[[RequestStream], None] | None = close
 
-    def put(self, output: RequestOutput) -> None:
-        """From the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody will read
-            self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+    @property
+    def num_unfinished(self) -> int:
+        return self.request.params.n_generated - len(self.finish_reasons)
+
+    def put(self, output: RequestOutput, now: float) -> float | None:
+        """Take an output; returns the seconds since the same text's last token, None for its first."""
+        if self.error is not None:
+            return None
+        self.error = output.error
+        if output.finish_reason is not None:
+            self.finish_reasons.append(output.finish_reason)
+        interval = None
+        if output.token is not None:
+            self.num_generated_tokens += 1
+            interval = now - last if (last := self.last_token_at.get(output.index)) is not None else None
+            self.last_token_at[output.index] = now
+            self.first_token_at = self.first_token_at or now
+        if output.error is None:
+            self._unread.append(output)
+        self._has_unread.set()
+        if len(self._unread) > MAX_UNREAD and self.error is None:
+            self.error = SlowReaderError(f"The client left {MAX_UNREAD} tokens of its stream unread.")
+            self.close()
+        return interval
 
     def close(self) -> None:
         """Let go of the request; the engine drops it within a step unless it has ended. May be called again."""
         if self._close:
-            self._close()
-        self._close = None
+            close, self._close = self._close, None
+            close(self)
+
+    async def read(self) -> list[RequestOutput]:
+        """The outputs that came since the last call, at least one; [] after the last. Raises what ended the request."""
+        if not self._n_to_read:
+            return []
+        await self._has_unread.wait()
+        outputs, self._unread = self._unread, []
+        if not outputs:
+            assert self.error is not None
+            raise self.error
+        if self.error is None:
+            self._has_unread.clear()
+        self._n_to_read -= sum(output.finish_reason is not None for output in outputs)
+        return outputs
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        while self._n_unfinished:
-            output = await self._outputs.get()
-            if output.error is not None:
-                raise output.error
-            self._n_unfinished -= output.finish_reason is not None
-            yield output
+        while outputs := await self.read():
+            for output in outputs:
+                yield output
+
+
+class Observer(Protocol):
+    """Told of what happens to requests, on the event loop."""
+
+    def on_token(self, stream: RequestStream, interval: float | None) -> None:
+        """A token came, `interval` seconds after the last one of its text, None for the first."""
+
+    def on_close(self, stream: RequestStream) -> None:
+        """A request was let go, done or not."""
 
 
 class AsyncEngine:
     """Owns the engine's thread between `start` and `stop`. Everything else is called from one event loop."""
 
-    def __init__(self, engine: LLMEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: LLMEngine, observer: Observer | None = None) -> None:
+        self.engine, self._observer = engine, observer
         self._grammars = GrammarCompiler(engine.tokenizer)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
@@ -65,12 +123,19 @@ class AsyncEngine:
         self._draining = False
 
     def start(self) -> None:
+        """To be called on the event loop that will read the outputs."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a thread to generate."""
+        return self._thread.is_alive()
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._thread.is_alive() and not self._draining
+        return self.is_alive and not self._draining
 
     @property
     def num_requests(self) -> int:
@@ -95,16 +160,18 @@ class AsyncEngine:
         prompt: str | list[int],
         params: SamplingParams,
         *,
+        add_special_tokens: bool = True,
         truncate: int | None = None,
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str = "",
     ) -> RequestStream:
-        """Queue a request; a text is preceded by the end-of-text token, as every text the model learned from was.
+        """Queue a request.
 
-        truncate: keep the last tokens of a text only; timeout in seconds. Raises OverloadedError before any work is
-        done if the queue is full, ShuttingDownError, InvalidRequestError, and ModelError for bad text or parameters.
-        The stream must be closed, whatever happens.
+        add_special_tokens: whether a text is preceded by the end-of-text token, as every text the model learned from
+        was; truncate: keep the last tokens of the prompt only; timeout in seconds. Raises OverloadedError before any
+        work is done if the queue is full, ShuttingDownError, InvalidRequestError, and ModelError for bad text or
+        parameters. The stream must be closed, whatever happens.
         """
         self._check_ready()
         config = self.engine.config
@@ -112,37 +179,62 @@ class AsyncEngine:
             raise OverloadedError(f"The queue is full: {config.max_queue_length} requests are waiting already.")
         self._n_requests += 1
         try:
-            prompt_ids = await self._encode(prompt, truncate) if isinstance(prompt, str) else prompt
             request = Request(
                 request_id=uuid.uuid4().hex,
-                prompt_ids=prompt_ids,
+                prompt_ids=await self.encode(prompt, add_special_tokens=add_special_tokens, truncate=truncate),
                 params=params,
                 priority=priority,
                 deadline=time.monotonic() + timeout if timeout is not None else float("inf"),
                 cache_salt=cache_salt,
-                matcher=await asyncio.to_thread(self._grammars.compile, params.grammar) if params.grammar else None,
+                matcher=await self._compile(params.grammar) if params.grammar else None,
             )
             self.engine.check_request(request)
             self._check_ready()  # again: the engine may have stopped while the prompt was tokenised
         except BaseException:
             self._n_requests -= 1
             raise
-        stream = RequestStream(request, lambda: self._let_go(request.request_id))
+        stream = RequestStream(request, self._let_go)
         self._commands.put(lambda: self._add(request, stream))
         return stream
 
-    async def _encode(self, text: str, truncate: int | None) -> list[int]:
-        encode = self.engine.tokenizer.encode_text
-        start, *ids = await asyncio.to_thread(encode, text) if len(text) > LONG_PROMPT else encode(text)
-        return [start, *(ids if truncate is None else ids[-truncate:])]
+    async def encode(
+        self, prompt: str | list[int], *, add_special_tokens: bool = True, truncate: int | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, as `submit` reads it."""
+        tokenizer = self.engine.tokenizer
+        if not isinstance(prompt, str):
+            return prompt if truncate is None else prompt[-truncate:]
+        long = len(prompt) > LONG_PROMPT
+        ids = await asyncio.to_thread(tokenizer.encode, prompt) if long else tokenizer.encode(prompt)
+        kept = ids if truncate is None else ids[-truncate:]
+        return [tokenizer.end_of_text_id, *kept] if add_special_tokens else kept
+
+    async def _compile(self, grammar: Grammar) -> Matcher:
+        longest, timeout = self.engine.config.max_grammar_length, self.engine.config.grammar_timeout
+        if len(grammar.source) > longest:
+            raise InvalidRequestError(
+                f"grammar must have at most {longest} characters here, not {len(grammar.source)}."
+            )
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._grammars.compile, grammar), timeout)
+        except TimeoutError as error:
+            raise InvalidRequestError(f"grammar took more than the {timeout:g} seconds it may take here.") from error
 
     def _check_ready(self) -> None:
         if not self.is_ready:
             raise _shutting_down()
 
-    def _let_go(self, request_id: str) -> None:
+    def _let_go(self, stream: RequestStream) -> None:
         self._n_requests -= 1
-        self._commands.put(lambda: self._abort(request_id))
+        self._commands.put(lambda: self._abort(stream.request.request_id))
+        if self._observer:
+            self._observer.on_close(stream)
+
+    def _deliver(self, outputs: list[tuple[RequestStream, RequestOutput]], now: float) -> None:
+        for stream, output in outputs:
+            interval = stream.put(output, now)
+            if self._observer and output.token is not None:
+                self._observer.on_token(stream, interval)
 
     # The engine's thread
 
@@ -159,8 +251,12 @@ class AsyncEngine:
                 logger.exception("A step failed; every request ends with it.")
                 self._end_all(lambda: GenerationError("Generation failed in the server."))
                 continue
-            for output in outputs:
-                self._streams[output.request_id].put(output)
+            self._send([(self._streams[output.request_id], output) for output in outputs])
+
+    def _send(self, outputs: list[tuple[RequestStream, RequestOutput]]) -> None:
+        """All outputs of a step in one call: waking up the event loop costs as much as a token."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody will read
+            self._loop.call_soon_threadsafe(self._deliver, outputs, time.monotonic())
 
     def _add(self, request: Request, stream: RequestStream) -> None:
         self._streams[request.request_id] = stream
@@ -172,9 +268,11 @@ class AsyncEngine:
 
     def _end_all(self, make_error: Callable[[], ServerError]) -> None:
         # An error of its own for each stream: raising one keeps its traceback in it.
+        outputs = []
         for request_id, stream in self._streams.items():
             self.engine.abort_request(request_id)
-            stream.put(RequestOutput(request_id, error=make_error()))
+            outputs.append((stream, RequestOutput(request_id, error=make_error())))
+        self._send(outputs)
 
 
 def _shutting_down() -> ServerError:

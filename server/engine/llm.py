@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -13,35 +12,14 @@ import torch
 from model.checkpoint import load_checkpoint
 from model.errors import ModelError
 from model.sampling import SamplingParams
+from server.engine.completion import Completion, best
 from server.engine.config import EngineConfig
 from server.engine.llm_engine import LLMEngine
-from server.engine.request import FinishReason, PromptLogprob, Request, RequestOutput, TokenOutput
+from server.engine.request import PromptLogprob, Request, RequestOutput, TokenOutput
 from server.engine.structured_output import GrammarCompiler
 from server.errors import ServerError
 
 Prompt = str | list[int]
-
-
-@dataclass
-class Completion:
-    """One generated text."""
-
-    index: int
-    tokens: list[TokenOutput] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(token.text for token in self.tokens if not token.special)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token.token_id for token in self.tokens]
-
-    @property
-    def mean_logprob(self) -> float:
-        """In nats per token; -inf without tokens."""
-        return sum(token.logprob for token in self.tokens) / len(self.tokens) if self.tokens else -math.inf
 
 
 @dataclass
@@ -110,6 +88,19 @@ class LLM:
             for request_id in pending:
                 self.engine.abort_request(request_id)
 
+    def tokens(self, prompt: Prompt, params: SamplingParams) -> Iterator[TokenOutput]:
+        """The tokens of one text as they come. Raises what `generate` puts into the result."""
+        self._add("0", prompt, params)
+        try:
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    if output.error is not None:
+                        raise output.error
+                    if output.token is not None:
+                        yield output.token
+        finally:
+            self.engine.abort_request("0")
+
     def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         matcher = self._grammars.compile(params.grammar) if params.grammar else None
@@ -118,19 +109,10 @@ class LLM:
         return request
 
 
-def best(completions: list[Completion], n: int) -> list[Completion]:
-    """The n completions of highest mean log-probability, best first; all in their order if there are just n."""
-    if len(completions) == n:
-        return completions
-    return sorted(completions, key=lambda completion: completion.mean_logprob, reverse=True)[:n]
-
-
 def _is_done(output: RequestOutput, completions: list[Completion]) -> bool:
     """Take in an output; whether the request has ended with it."""
     completion = completions[output.index]
-    if output.token:
-        completion.tokens.append(output.token)
-    completion.finish_reason = output.finish_reason
+    completion.add(output)
     return output.error is not None or all(completion.finish_reason for completion in completions)
 
 

@@ -16,14 +16,14 @@ from model.sampling import Sampler
 from model.state import AFTState
 from model.tokenizer import Tokenizer
 from model.transformer import AFTForCausalLM
-from server.engine.config import EngineConfig
+from server.engine.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
 from server.engine.detokenizer import Detokenizer
 from server.engine.prefix_cache import PrefixCache, Snapshot
 from server.engine.request import FinishReason, Request, RequestOutput, Sequence
 from server.engine.scheduler import Scheduler
 from server.engine.state_pool import StatePool
 from server.engine.token_processor import TokenProcessor, failure, prompt_logprobs
-from server.errors import InvalidRequestError, RequestTimeoutError, ServerError
+from server.errors import ConfigurationError, InvalidRequestError, RequestTimeoutError, ServerError
 
 
 class LLMEngine:
@@ -44,11 +44,13 @@ class LLMEngine:
         self.model, self.tokenizer = model, tokenizer
         self.config = config or EngineConfig()
         self._clock = clock
+        self.max_model_len = longest_sequence(self.config.max_model_len, model.config.context_limit)
         empty = model.init_state(1)
         n_slots = min(self.config.max_num_seqs, StatePool.slots_within(empty, self.config.state_memory))
         self.pool = StatePool(empty, n_slots)
         cache_bytes = self.config.prefix_cache_bytes
-        self.prefix_cache = PrefixCache(cache_bytes, fingerprint(model) if cache_bytes else b"")
+        self.fingerprint = fingerprint(model)
+        self.prefix_cache = PrefixCache(cache_bytes, self.fingerprint)
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(
             n_slots=n_slots,
@@ -80,12 +82,11 @@ class LLMEngine:
                 f"n and best_of must be at most {self.scheduler.n_slots}, the texts that this server decodes at a "
                 f"time, not {params.n_generated}."
             )
-        limit = self.model.config.context_limit
-        total = request.num_prompt_tokens + max(params.max_tokens, 1) - 1  # the last token is never read
-        if limit is not None and total > limit:
+        total = request.num_prompt_tokens + params.max_tokens
+        if total > self.max_model_len:
             raise InvalidRequestError(
-                f"A prompt of {request.num_prompt_tokens} tokens and {params.max_tokens} new ones make {total} to "
-                f"read, but this model reads at most {limit}."
+                f"A prompt of {request.num_prompt_tokens} tokens and {params.max_tokens} new ones make {total}, but "
+                f"at most {self.max_model_len} are allowed here."
             )
 
     def add_request(self, request: Request) -> None:
@@ -104,6 +105,7 @@ class LLMEngine:
         if self._running:
             outputs += self._decode()
         for request in self.scheduler.admit():
+            request.admitted_at = self._clock()
             self._find_prefix(request)
         for request, end in list(self.scheduler.chunks(self.num_running)):
             try:
@@ -248,6 +250,17 @@ class LLMEngine:
         if n_read and self.config.prefix_cache_bytes and not self.config.batch_invariant:
             token_ids = sequence.request.prompt_array + array("i", sequence.token_ids[:n_read])
             self._remember(sequence.request, token_ids, Snapshot(self.pool.snapshot(row), logits.clone()))
+
+
+def longest_sequence(configured: int | None, context_limit: int | None) -> int:
+    """Tokens of a prompt and its text together. Raises ConfigurationError for more than the model can read."""
+    if configured is None:
+        return DEFAULT_MAX_MODEL_LEN if context_limit is None else context_limit
+    if context_limit is not None and configured > context_limit:
+        raise ConfigurationError(
+            f"max_model_len must be at most the {context_limit} positions of the model, not {configured}."
+        )
+    return configured
 
 
 def _all_below(request: Request, vocab_size: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -48,12 +49,16 @@ class PromptLogprob:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step adds to text `index` of a request: a token, its end, or (for the whole request) an error."""
+    """What one step adds to text `index` of a request: a token, its end, or (for the whole request) an error.
+
+    stop_reason: the stop string or the id of the stop token that ended the text.
+    """
 
     request_id: str
     index: int = 0
     token: TokenOutput | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     error: ServerError | None = None
 
 
@@ -77,6 +82,7 @@ class Request:
     deadline     time.monotonic() at which the request fails, wherever it is
     cache_salt   requests share cached prefixes only with those of the same salt
     matcher      compiled from params.grammar; each text goes on from a copy
+    arrived_at, admitted_at  time.monotonic() at which it was made, and got its slots
 
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
     """
@@ -88,6 +94,8 @@ class Request:
     deadline: float = math.inf
     cache_salt: str = ""
     matcher: Matcher | None = None
+    arrived_at: float = field(default_factory=time.monotonic, init=False)
+    admitted_at: float | None = field(default=None, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, init=False)

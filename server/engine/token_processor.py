@@ -70,7 +70,9 @@ class TokenProcessor:
     def _output(self, sequence: Sequence, token_id: int, logprob: float, top: TopLogprobs | None) -> RequestOutput:
         text, special, reason = self._read(sequence, token_id)
         token = TokenOutput(token_id, text, logprob, special, top)
-        return RequestOutput(sequence.request.request_id, sequence.index, token, reason)
+        stopped = reason is FinishReason.STOP_SEQUENCE
+        stop_reason = (sequence.detokenizer.stopped_by or token_id) if stopped else None
+        return RequestOutput(sequence.request.request_id, sequence.index, token, reason, stop_reason)
 
     def _read(self, sequence: Sequence, token_id: int) -> tuple[str, bool, FinishReason | None]:
         """Add a token to a text: what that releases, whether the token is special, and why it was the last one."""

@@ -17,14 +17,14 @@ import pytest
 
 
 class Server:
-    """`python -m server ARGUMENTS` on a free port, healthy on entry; on exit, ended by SIGTERM with status 0."""
+    """`aft serve ARGUMENTS` on a free port, healthy on entry; on exit, ended by SIGTERM with status 0."""
 
     def __init__(self, *arguments: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "server", "--port", str(port), *arguments]
+        self._command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(self._command, env={**os.environ, "OMP_NUM_THREADS": "1"})

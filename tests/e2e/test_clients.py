@@ -85,7 +85,7 @@ def test_parallel_requests_get_their_own_texts(url: str) -> None:
 
 def test_a_client_that_leaves_frees_its_place(url: str) -> None:
     """33 endless streams are opened and left: one more than the places of a batch."""
-    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**9}, "stream": True}
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**6}, "stream": True}
     for _ in range(33):
         with httpx2.stream("POST", f"{url}/generate", json=body) as response:
             assert next(response.iter_lines()).startswith("data:")
@@ -95,7 +95,7 @@ def test_a_client_that_leaves_frees_its_place(url: str) -> None:
 
 def test_a_client_that_leaves_the_queue_leaves_no_request_there(checkpoint: Path) -> None:
     """One place, taken; streams that wait for it are given up. The queue of 1 has room again each time."""
-    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**9}, "stream": True}
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**6}, "stream": True}
     with (
         Server("--model", str(checkpoint), "--max-num-seqs", "1", "--max-queue-length", "1") as server,
         httpx2.stream("POST", f"{server.url}/generate", json=body) as running,
@@ -110,7 +110,7 @@ def test_a_client_that_leaves_the_queue_leaves_no_request_there(checkpoint: Path
 
 def test_a_request_past_its_time_ends(checkpoint: Path) -> None:
     grammar = {"type": "regex", "value": "[a-z]{900000}"}  # which the model cannot end
-    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**9, "grammar": grammar}}
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**6, "grammar": grammar}}
     with Server("--model", str(checkpoint), "--request-timeout", "0.3") as server:
         answer = httpx2.post(f"{server.url}/generate", json=body, timeout=10)
         assert answer.status_code == 504
@@ -121,7 +121,7 @@ def test_a_request_past_its_time_ends(checkpoint: Path) -> None:
 
 
 def test_a_client_that_leaves_before_the_answer_frees_its_place(url: str) -> None:
-    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**9}}
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**6}}
     for _ in range(33):
         with pytest.raises(httpx2.ReadTimeout):
             httpx2.post(f"{url}/generate", json=body, timeout=httpx2.Timeout(5, read=0.02))

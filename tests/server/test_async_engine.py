@@ -24,13 +24,12 @@ from server.errors import (
 from tests.conftest import random_model, tiny_config
 
 FIVE = SamplingParams(temperature=0, max_tokens=5)
-ENDLESS = SamplingParams(temperature=0, max_tokens=10**9, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=10**6, ignore_eos=True)
 
 
 @contextmanager
 def running(tokenizer: Tokenizer, **options: Any) -> Iterator[AsyncEngine]:
     engine = AsyncEngine(LLMEngine(random_model(tiny_config()), tokenizer, EngineConfig(**options)))
-    engine.start()
     yield engine
     if engine.is_ready:
         engine.stop()
@@ -38,7 +37,12 @@ def running(tokenizer: Tokenizer, **options: Any) -> Iterator[AsyncEngine]:
 
 def in_engine(tokenizer: Tokenizer, main: Callable[[AsyncEngine], Coroutine[Any, Any, None]], **options: Any) -> None:
     with running(tokenizer, **options) as engine:
-        asyncio.run(main(engine))
+
+        async def started() -> None:
+            engine.start()
+            await main(engine)
+
+        asyncio.run(started())
         assert engine.num_requests == 0
     assert engine.engine.scheduler.n_free_slots == engine.engine.pool.n_slots
 

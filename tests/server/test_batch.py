@@ -1,4 +1,4 @@
-"""`python -m server.batch`, as a user runs it."""
+"""`aft batch`, as a user runs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINES = [
 
 
 def run(checkpoint: Path, *files: Path) -> None:
-    command = [sys.executable, "-m", "server.batch", *map(str, files), "--model", str(checkpoint)]
+    command = [sys.executable, "-m", "server", "batch", *map(str, files), "--model", str(checkpoint)]
     subprocess.run(command, check=True, timeout=120)
 
 

@@ -64,6 +64,8 @@ def test_details(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> 
         "seed": None,
         "cached_tokens": details["cached_tokens"],
         "prefill": [],
+        "top_tokens": None,
+        "best_of_sequences": None,
     }
     assert [token["id"] for token in details["tokens"]] == greedy_ids(checkpoint, tokenizer, "The fox", 12)
     assert "".join(token["text"] for token in details["tokens"]) == body["generated_text"]
@@ -98,7 +100,7 @@ def test_root_answers_a_list(client: TestClient) -> None:
 
 
 def test_explicit_nulls_are_defaults(client: TestClient) -> None:
-    from server.api.protocol import GenerateParameters
+    from server.api.tgi.protocol import GenerateParameters
 
     nulls = dict.fromkeys(GenerateParameters.model_fields)
     response = post(client, inputs="The fox", parameters={**nulls, "max_new_tokens": 5}, stream=None)
@@ -164,13 +166,13 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ({"inputs": "a", "parameters": {"seed": 2**64}}, "parameters.seed: Input should be less than"),
         ({"inputs": "a", "parameters": {"stop": ["x"] * 17}}, "parameters.stop: List should have at most 16"),
         ({"inputs": "a", "parameters": {"stop": [""]}}, "parameters.stop.0: String should have at least 1"),
-        ({"inputs": "a", "parameters": {"best_of": 2}}, "best_of is not supported by this server; leave it out."),
-        ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id is not supported by this server"),
+        ({"inputs": "a", "parameters": {"best_of": 2}}, "parameters: best_of above 1 needs sampling: set do_sample."),
+        ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "parameters: adapter_id is not supported: this server has no adapters"),
         ({"inputs": "a", "parameters": {"typical_p": 1.0}}, "parameters.typical_p: Input should be less than 1"),
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "parameters.repetition_penalty: Input should be"),
         ({"inputs": "a", "parameters": {"frequency_penalty": 2.5}}, "parameters.frequency_penalty: Input should be"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "parameters.grammar.value: Field required"),
-        ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": {}}}}, "grammar.value must be a string"),
+        ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": {}}}}, "parameters.grammar: grammar.value must be a string"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": "("}}}, "grammar is not a valid regex"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "json", "value": "{"}}}, "grammar is not a JSON schema"),
         (
@@ -235,7 +237,7 @@ def test_a_full_queue_answers_429_with_retry_after(checkpoint: Path) -> None:
     with TestClient(app) as client:
         assert post(client, inputs="The fox").status_code == 200
         assert client.portal is not None
-        occupied = client.portal.call(app.state.engine.submit, "The fox", SamplingParams(max_tokens=10**9))
+        occupied = client.portal.call(app.state.context.engine.submit, "The fox", SamplingParams(max_tokens=10**6))
         for stream in (False, True):
             response = post(client, inputs="The fox", stream=stream)
             assert response.status_code == 429

@@ -6,9 +6,7 @@ import pytest
 
 from model import load_checkpoint
 from model.generate import generate
-from server.engine import LLM, EngineConfig, Grammar, SamplingParams
-from server.engine.llm import Completion, best
-from server.engine.request import TokenOutput
+from server.engine import LLM, Completion, EngineConfig, Grammar, SamplingParams, TokenOutput, best
 
 PROMPTS = ["the fox", "a bird", "", "Ann had"]
 
@@ -63,7 +61,7 @@ def test_a_bad_prompt_has_an_error_and_the_others_their_texts(llm: LLM) -> None:
 
 
 def test_leaving_the_stream_frees_the_slots(llm: LLM) -> None:
-    stream = llm.stream(["a", "b", "c"], [SamplingParams(max_tokens=1), *[SamplingParams(max_tokens=10**9)] * 2])
+    stream = llm.stream(["a", "b", "c"], [SamplingParams(max_tokens=1), *[SamplingParams(max_tokens=10**6)] * 2])
     next(stream)
     with pytest.raises(RuntimeError, match="Another stream of this LLM is not done"):
         llm.generate(["d"], SamplingParams())

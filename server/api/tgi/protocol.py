@@ -4,27 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
-from server.api.validation import validation_sentence
+from server.api.validation import Body, StopSequence, validation_sentence
 from server.engine import FinishReason
 from server.errors import InvalidRequestError
 
-# Accepted only with the value that changes nothing, since clients send their defaults.
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "adapter_id": (None,),
-    "best_of": (None, 1),
-    "decoder_input_details": (None, False),
-    "top_n_tokens": (None, 0),
-    "watermark": (None, False),
-}
-
 MAX_STOP_SEQUENCES = 16
-StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+MAX_BEST_OF = 128
+MAX_TOP_N_TOKENS = 20
 
 
 class GrammarParameter(Body):
@@ -59,19 +47,32 @@ class GenerateParameters(Body):
     return_full_text: bool | None = Field(None, description="Whether generated_text starts with the inputs")
     truncate: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="Keep the last tokens")
     details: bool | None = None
-    adapter_id: Any = None
-    best_of: Any = None
-    decoder_input_details: Any = None
-    top_n_tokens: Any = None
-    watermark: Any = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = Field(
+        None, description="Texts to generate, of which the one of highest mean log-probability is returned"
+    )
+    top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP_N_TOKENS)] | None = Field(
+        None, description="How many most likely tokens to tell at each step"
+    )
+    decoder_input_details: bool | None = Field(None, description="Whether details tell the tokens of the inputs")
+    watermark: bool | None = Field(None, description="Kirchenbauer et al. 2023")
+    adapter_id: str | None = Field(None, description="Refused: this server has no adapters")
 
     @model_validator(mode="after")
-    def _refuse_unsupported(self) -> Self:
-        for name, neutral in NEUTRAL_VALUES.items():
-            value = getattr(self, name)
-            if value not in neutral:
-                raise ValueError(f"{name} is not supported by this server; leave it out")
+    def _check_together(self) -> Self:
+        if self.adapter_id is not None:
+            raise ValueError("adapter_id is not supported: this server has no adapters; leave it out")
+        if self.best_of is not None and self.best_of > 1:
+            if self.seed is not None:
+                raise ValueError("best_of above 1 and seed exclude each other")
+            if not self.samples:
+                raise ValueError("best_of above 1 needs sampling: set do_sample")
         return self
+
+    @property
+    def samples(self) -> bool:
+        """Tokens are sampled if any parameter asks for it, and the most likely ones are taken otherwise."""
+        filters = (self.temperature, self.top_k, self.top_p, self.typical_p)
+        return bool(self.do_sample) or any(value is not None for value in filters)
 
 
 class GenerateRequest(Body):
@@ -80,6 +81,17 @@ class GenerateRequest(Body):
         None, description="Without this object tokens are sampled; with it, only if it asks for that"
     )
     stream: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        for name, most in (("best_of", 1), ("decoder_input_details", False)):
+            if self.streams and (getattr(self.given, name) or most) > most:
+                raise ValueError(f"{name} is not possible in a stream")
+        return self
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.stream)
 
     @property
     def given(self) -> GenerateParameters:
@@ -90,6 +102,14 @@ class GenerateRequest(Body):
     def prefix(self) -> str:
         """What generated_text begins with."""
         return self.inputs if self.given.return_full_text else ""
+
+
+class StreamRequest(GenerateRequest):
+    """A request whose answer is a stream, whatever `stream` says."""
+
+    @property
+    def streams(self) -> bool:
+        return True
 
 
 def parse_generate_request(fields: object) -> GenerateRequest:
@@ -109,13 +129,33 @@ class Token(BaseModel):
     special: bool
 
 
+class PrefillToken(BaseModel):
+    """A token of the inputs; the first has no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class BestOfSequence(BaseModel):
+    generated_text: str
+    finish_reason: FinishReason
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken] = []
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | None = None
+
+
 class Details(BaseModel):
     finish_reason: FinishReason
     generated_tokens: int
     seed: int | None
     cached_tokens: int = Field(description="Tokens of the inputs whose state was cached, and which were not read again")
-    prefill: list[Token] = []
+    prefill: list[PrefillToken] = []
     tokens: list[Token]
+    top_tokens: list[list[Token]] | None = None
+    best_of_sequences: list[BestOfSequence] | None = Field(None, description="The texts that were not the best")
 
 
 class GenerateResponse(BaseModel):
@@ -136,10 +176,29 @@ class StreamEvent(BaseModel):
 
     index: int
     token: Token
+    top_tokens: list[Token] | None = None
     generated_text: str | None = None
     details: StreamDetails | None = None
 
 
-class ErrorResponse(BaseModel):
-    error: str
-    error_type: Literal["validation", "generation", "overloaded", "incomplete_generation"]
+class Info(BaseModel):
+    """The server and its model. state_bytes: of one conversation, at any length."""
+
+    model_id: str
+    model_sha: str
+    model_dtype: str
+    model_device_type: str
+    model_pipeline_tag: str = "text-generation"
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int = MAX_STOP_SEQUENCES
+    max_top_n_tokens: int = MAX_TOP_N_TOKENS
+    max_input_tokens: int
+    max_total_tokens: int
+    max_client_batch_size: int
+    router: str = "aft-server"
+    version: str
+    variant: str
+    parameters: int
+    state_bytes: int
+    kv_cache_bytes_per_token: int = Field(description="What a Transformer of the same shape would add for each token")

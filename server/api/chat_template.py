@@ -1,0 +1,69 @@
+"""Messages of a chat to one prompt, by the Jinja template of the checkpoint, as Hugging Face renders it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.tokenizer import Tokenizer
+from server.errors import ConfigurationError, InvalidRequestError
+
+TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+# A model without a template has not learned roles: it goes on from the messages, put one after another.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}\n\n{% endif %}{{ message.content }}{% endfor %}"
+)
+
+
+class ChatTemplate:
+    """Raises ConfigurationError for a template that does not parse."""
+
+    def __init__(self, source: str = DEFAULT_TEMPLATE) -> None:
+        self.source = source
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise ConfigurationError(f"The chat template is not valid: {error}.") from error
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate:
+        """Of chat_template.jinja or tokenizer_config.json in a checkpoint's folder, or the default."""
+        if (path := folder / TEMPLATE_FILE).is_file():
+            return cls(path.read_text(encoding="utf-8"))
+        if (path := folder / TOKENIZER_CONFIG_FILE).is_file():
+            try:
+                source = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+            except (ValueError, AttributeError) as error:
+                raise ConfigurationError(f"{path} is not a JSON object: {error}.") from error
+            if isinstance(source, str):
+                return cls(source)
+        return cls()
+
+    def token_ids(self, messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+        """The prompt. Raises InvalidRequestError if the template refuses the messages.
+
+        `bos_token` and `eos_token` of the template become the end-of-text token; the same characters in a message do
+        not, because for the time of the rendering the token has a secret name.
+        """
+        mark = f"<{secrets.token_hex(16)}>"
+        try:
+            text = self._template.render(messages=messages, add_generation_prompt=True, bos_token=mark, eos_token=mark)
+        except TemplateError as error:
+            raise InvalidRequestError(f"messages do not fit the model's chat template: {error}.") from error
+        first, *rest = text.removeprefix(mark).split(mark)
+        ids = tokenizer.encode_text(first)
+        for part in rest:
+            ids += tokenizer.encode_text(part)
+        return ids
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)

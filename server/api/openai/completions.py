@@ -1,0 +1,130 @@
+"""/v1/completions: texts that go on from prompts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from server.api.context import Context
+from server.api.openai.protocol import CompletionRequest
+from server.api.openai.serving import (
+    FINISH_REASONS,
+    Call,
+    TextOffsets,
+    error_event,
+    open_call,
+    sampling_params,
+    token_name,
+)
+from server.api.streaming import event_answer, read_all, sse, whole_answer
+from server.engine import Completion, TopLogprobs, best
+
+DEFAULT_MAX_TOKENS = 16
+KIND = "text_completion"
+
+ScoredToken = tuple[int, float | None, TopLogprobs]  # id, log-probability, most likely tokens
+
+
+async def completions(context: Context, http_request: Request, body: CompletionRequest) -> Response:
+    params = sampling_params(
+        body,
+        best_of=body.best_of,
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    add_special_tokens = body.add_special_tokens is not False
+    call = await open_call(
+        context, http_request, body, body.prompt, params, "cmpl", add_special_tokens=add_special_tokens
+    )
+    if body.stream:
+        return await event_answer(http_request, call.streams, _events(call, body), error_event)
+
+    def respond(texts: list[list[Completion]]) -> Response:
+        choices = [
+            _choice(call, body, prompt, i, text)
+            for prompt, several in enumerate(texts)
+            for i, text in enumerate(best(several, call.n))
+        ]
+        return JSONResponse({**call.head(KIND), "choices": choices, "usage": call.usage()})
+
+    return await whole_answer(http_request, call.streams, respond)
+
+
+def _choice(call: Call, body: CompletionRequest, prompt: int, i: int, text: Completion) -> dict[str, Any]:
+    writer = _ChoiceWriter(call, body, prompt, i)
+    assert text.finish_reason is not None
+    choice = writer.choice(text.text, writer.start(), writer.scored(text))
+    return choice | writer.end(text) | ({"token_ids": text.token_ids} if body.return_token_ids else {})
+
+
+async def _events(call: Call, body: CompletionRequest) -> AsyncIterator[bytes]:
+    """Chunks that have something to say; those that came together are sent together."""
+    writers = [[_ChoiceWriter(call, body, prompt, i) for i in range(call.n)] for prompt in range(len(call.streams))]
+    async for prompt, outputs in read_all(call.streams):
+        events = []
+        for output in outputs:
+            text = Completion(output.index)
+            text.add(output)
+            writer = writers[prompt][output.index]
+            choice = writer.choice(text.text, writer.start(), writer.scored(text)) | writer.end(text)
+            if body.return_token_ids:
+                choice["token_ids"] = text.token_ids
+            if choice["text"] or choice["finish_reason"] or choice["logprobs"] or body.return_token_ids:
+                events.append(sse({**call.head(KIND), "choices": [choice], **call.chunk_usage()}))
+        yield b"".join(events)
+    yield call.last_events(KIND)
+
+
+class _ChoiceWriter:
+    """Writes one choice, whole or in pieces. The first piece holds the prompt, if it is to be echoed."""
+
+    def __init__(self, call: Call, body: CompletionRequest, prompt: int, i: int) -> None:
+        self.tokenizer, self.body = call.tokenizer, body
+        self.request, self.index = call.streams[prompt].request, prompt * call.n + i
+        self._offsets = TextOffsets()
+        self._has_started = False
+
+    def start(self) -> tuple[str, Sequence[ScoredToken], dict[str, Any]]:
+        """What comes before the generated text: text, tokens, fields. Nothing after the first call."""
+        if self._has_started:
+            return "", (), {}
+        self._has_started = True
+        ids = self.request.prompt_ids
+        fields = {"prompt_token_ids": ids} if self.body.return_token_ids else {}
+        if not self.body.echo:
+            return "", (), fields
+        scored = [
+            (token_id, known.logprob if known else None, known.top_logprobs if known else ())
+            for token_id, known in zip(ids, self.request.prompt_logprobs or [None] * len(ids), strict=True)
+        ]
+        return self.tokenizer.decode(ids), scored, fields
+
+    def scored(self, text: Completion) -> Sequence[ScoredToken]:
+        return [(token.token_id, token.logprob, token.top_logprobs or ()) for token in text.tokens]
+
+    def choice(
+        self, text: str, start: tuple[str, Sequence[ScoredToken], dict[str, Any]], scored: Sequence[ScoredToken]
+    ) -> dict[str, Any]:
+        prompt_text, prompt_scored, fields = start
+        logprobs = None if self.body.logprobs is None else self._logprobs([*prompt_scored, *scored])
+        return {"index": self.index, "text": prompt_text + text, "logprobs": logprobs, **fields}
+
+    def end(self, text: Completion) -> dict[str, Any]:
+        ended = text.finish_reason
+        return {"finish_reason": FINISH_REASONS[ended] if ended else None, "stop_reason": text.stop_reason}
+
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+        """OpenAI's arrays, one entry for each token; the chosen token is among the most likely ones or besides them."""
+        arrays: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token_id, logprob, top in scored:
+            name = token_name(self.tokenizer, token_id)
+            tops = {token_name(self.tokenizer, other): value for other, value in top}
+            arrays["tokens"].append(name)
+            arrays["token_logprobs"].append(logprob)
+            arrays["top_logprobs"].append(None if logprob is None else {**tops, name: logprob})
+            arrays["text_offset"].append(self._offsets.next(self.tokenizer.token_bytes[token_id]))
+        return arrays

@@ -1,0 +1,365 @@
+"""Bodies of OpenAI's contract, with the extensions that vLLM made common.
+
+Fields that only concern OpenAI's own bookkeeping (user, metadata, store ...) are taken and have no effect.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, WithJsonSchema, model_validator
+
+from server.api.validation import Body, StopSequence
+
+MAX_STOP_SEQUENCES = 16
+MAX_N = 128
+MAX_LOGPROBS = 20
+INT32 = 2**31 - 1
+TokenId = Annotated[int, Field(ge=0, le=INT32)]
+
+
+def _to_prompts(value: Any) -> Any:
+    """Any of the four forms of a prompt as a list of texts or of lists of token ids."""
+    if value is None:
+        return [""]
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_ids(value)):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(item, str) or _is_ids(item) for item in value):
+        return value
+    raise ValueError("prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids")
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def _to_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _to_text(value: Any) -> Any:
+    """The content of a message: a text, or parts that must all be texts."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError("content must be a text, or parts of type text")
+    return "".join(part["text"] for part in value)
+
+
+_TEXT = {"type": "string"}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32}}
+Prompts = Annotated[
+    list[str | list[TokenId]],
+    BeforeValidator(_to_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _TEXT,
+                {"type": "array", "items": _TEXT, "minItems": 1},
+                {**_IDS, "minItems": 1},
+                {"type": "array", "items": _IDS, "minItems": 1},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+Stop = Annotated[
+    Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES)] | None,
+    BeforeValidator(_to_list),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {**_TEXT, "minLength": 1, "maxLength": 256},
+                {
+                    "type": "array",
+                    "items": {**_TEXT, "minLength": 1, "maxLength": 256},
+                    "maxItems": MAX_STOP_SEQUENCES,
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+Content = Annotated[
+    str,
+    BeforeValidator(_to_text),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _TEXT,
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": _TEXT},
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        }
+    ),
+]
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JSONObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class JSONSchema(Body):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class JSONSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JSONSchema
+
+
+ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Body):
+    """What the text must match: one of these."""
+
+    json_: Annotated[
+        str | dict[str, Any] | None, WithJsonSchema({"anyOf": [_TEXT, {"type": "object"}, {"type": "null"}]})
+    ] = Field(None, alias="json", description="A JSON schema, or its text")
+    regex: str | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = (self.json_, self.regex, self.choice, self.json_object or None)
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("structured_outputs must have exactly one of json, regex, choice and json_object")
+        return self
+
+
+class GenerationRequest(Body):
+    """What /v1/completions and /v1/chat/completions have in common. Null means the default."""
+
+    model: str | None = None
+    frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[FiniteFloat, Field(ge=-100, le=100)]] | None
+    ) = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Stop = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = Field(None, description="1 if not given")
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
+    response_format: ResponseFormat | None = None
+
+    # vLLM's
+    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = Field(None, description="0 and -1 are all")
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=1e6)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    include_stop_str_in_output: bool | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(
+        None, description="Keep the last tokens of the prompt"
+    )
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = Field(None, description="Smaller goes first")
+    cache_salt: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="Cached prefixes are shared among requests of the same salt only"
+    )
+    return_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
+
+    # Taken without effect
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        if self.structured_outputs and self.response_format and self.response_format.type != "text":
+            raise ValueError("response_format and structured_outputs exclude each other")
+        return self
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(None, description="16 if not given")
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    echo: bool | None = Field(None, description="Whether the prompt is part of the text")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    suffix: None = Field(None, description="Refused: this server continues texts only")
+    add_special_tokens: bool | None = Field(
+        None, description="Whether a text follows the token that starts every text; true if not given"
+    )
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("best_of must be at least n")
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
+            raise ValueError("best_of above n is not possible in a stream")
+        return self
+
+
+class Message(Body):
+    """name, and the fields that a client copies from an earlier answer, have no effect."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(None, description="As max_completion_tokens")
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(None, description="1024 if not given")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Refused: this server calls none")
+    tool_choice: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionResponse(BaseModel):
+    """Also the chunks of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
+class ChatAnswer(BaseModel):
+    role: Literal["assistant"] | None = "assistant"
+    content: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "aft-server"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

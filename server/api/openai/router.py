@@ -1,0 +1,67 @@
+"""POST /v1/completions and /v1/chat/completions, GET /v1/models: OpenAI's contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from server.api.context import Context, ContextOf
+from server.api.errors import OPENAI_RESPONSES
+from server.api.openai import chat, completions
+from server.api.openai.protocol import (
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+    CompletionResponse,
+    ModelCard,
+    ModelList,
+)
+from server.api.openai.serving import check_model
+from server.api.streaming import EVENT_STREAM
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+
+def _stream_of(chunk: type[CompletionResponse] | type[ChatCompletionChunk]) -> dict[str, Any]:
+    return {"content": {EVENT_STREAM: {"schema": {"$ref": f"#/components/schemas/{chunk.__name__}"}}}}
+
+
+@router.post(
+    "/completions",
+    response_model=CompletionResponse,
+    responses={200: _stream_of(CompletionResponse), **OPENAI_RESPONSES},
+)
+async def create_completion(body: CompletionRequest, context: ContextOf, http_request: Request) -> Response:
+    """Texts that go on from one prompt or several: a JSON object, or chunks if `stream` is true."""
+    return await completions.completions(context, http_request, body)
+
+
+@router.post(
+    "/chat/completions",
+    response_model=ChatCompletionResponse,
+    responses={200: _stream_of(ChatCompletionChunk), **OPENAI_RESPONSES},
+)
+async def create_chat_completion(body: ChatCompletionRequest, context: ContextOf, http_request: Request) -> Response:
+    """The next message of a chat: a JSON object, or chunks if `stream` is true."""
+    return await chat.chat_completions(context, http_request, body)
+
+
+@router.get("/models", responses={401: OPENAI_RESPONSES[401]})
+def list_models(context: ContextOf) -> ModelList:
+    """The one model that is served."""
+    return ModelList(data=[_card(context)])
+
+
+@router.get("/models/{name:path}", responses={status: OPENAI_RESPONSES[status] for status in (400, 401, 404)})
+def get_model(name: str, context: ContextOf) -> ModelCard:
+    """The model, if that is its name."""
+    check_model(context, name)
+    return _card(context)
+
+
+def _card(context: Context) -> ModelCard:
+    name = context.config.model_name
+    return ModelCard(id=name, created=context.started_at, root=name, max_model_len=context.engine.engine.max_model_len)

@@ -1,0 +1,186 @@
+"""From bodies of OpenAI's contract to the engine: parameters, prompts, usage, and what both routes share."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fastapi import Request
+
+from model.sampling import Grammar, SamplingParams
+from model.tokenizer import Tokenizer
+from server.api.context import Context
+from server.api.errors import error_body
+from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat
+from server.api.streaming import Prompt, open_streams, sse
+from server.engine import FinishReason, RequestStream
+from server.errors import InvalidRequestError, NotFoundError
+
+# huggingface_hub and text-generation send these whatever the model is called.
+PLACEHOLDER_NAMES = frozenset({"", "dummy", "tgi"})
+ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
+DONE = b"data: [DONE]\n\n"
+FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.END_OF_TEXT: "stop",
+    FinishReason.STOP_SEQUENCE: "stop",
+}
+
+
+@dataclass
+class Call:
+    """An accepted request: what its answer is made from."""
+
+    body: GenerationRequest
+    context: Context
+    streams: list[RequestStream]
+    answer_id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.context.engine.engine.tokenizer
+
+    @property
+    def n(self) -> int:
+        return self.body.n or 1
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """The fields that every object of an answer starts with."""
+        return {"object": kind, **self._identity}
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "id": self.answer_id,
+            "created": self.created,
+            "model": self.context.config.model_name,
+            "system_fingerprint": f"fp_{self.context.engine.engine.fingerprint.hex()[:12]}",
+        }
+
+    def usage(self) -> dict[str, Any]:
+        requests = [stream.request for stream in self.streams]
+        n_prompt = sum(request.num_prompt_tokens for request in requests)
+        n_generated = sum(stream.num_generated_tokens for stream in self.streams)
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_generated,
+            "total_tokens": n_prompt + n_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(request.num_cached_tokens for request in requests)},
+        }
+
+    def chunk_usage(self) -> dict[str, Any]:
+        """What a chunk before the last one says of usage: nothing, null if the last one will tell, or the figures."""
+        options = self.body.stream_options
+        if not (options and options.include_usage):
+            return {}
+        return {"usage": self.usage() if options.continuous_usage_stats else None}
+
+    def last_events(self, kind: str) -> bytes:
+        told = sse({**self.head(kind), "choices": [], "usage": self.usage()}) if self.chunk_usage() else b""
+        return told + DONE
+
+
+async def open_call(
+    context: Context,
+    http_request: Request,
+    body: GenerationRequest,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    prefix: str,
+    **options: Any,
+) -> Call:
+    """Submit the prompts. Raises NotFoundError for another model, and as `AsyncEngine.submit`."""
+    check_model(context, body.model)
+    if len(prompts) > context.config.max_prompts:
+        raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {len(prompts)}.")
+    if body.request_id is not None:
+        http_request.state.record.request_id = body.request_id
+    options |= {
+        "truncate": body.truncate_prompt_tokens,
+        "priority": body.priority or 0,
+        "cache_salt": body.cache_salt or "",
+    }
+    streams = await open_streams(http_request, context, prompts, params, **options)
+    return Call(body, context, streams, f"{prefix}-{http_request.state.record.request_id}")
+
+
+def check_model(context: Context, name: str | None) -> None:
+    if name is not None and name not in PLACEHOLDER_NAMES and name != context.config.model_name:
+        raise NotFoundError(f"There is no model {name[:100]!r} here, only {context.config.model_name!r}.")
+
+
+def sampling_params(body: GenerationRequest, **others: Any) -> SamplingParams:
+    """The common parameters; `others` are the route's own."""
+    given = {
+        "n": body.n,
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        "logit_bias": {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
+        "seed": secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        "stop": tuple(body.stop) if body.stop else None,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k if body.top_k and body.top_k > 0 else None,
+        "min_p": body.min_p,
+        "typical_p": body.typical_p,
+        "repetition_penalty": body.repetition_penalty,
+        "ignore_eos": body.ignore_eos,
+        "min_tokens": body.min_tokens,
+        "stop_token_ids": tuple(body.stop_token_ids) if body.stop_token_ids else None,
+        "include_stop": body.include_stop_str_in_output,
+        "allowed_token_ids": tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
+        "grammar": _grammar(body),
+        **others,
+    }
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _grammar(body: GenerationRequest) -> Grammar | None:
+    outputs, response_format = body.structured_outputs, body.response_format
+    if outputs is not None:
+        if outputs.regex is not None:
+            return Grammar("regex", outputs.regex)
+        if outputs.choice is not None:
+            return Grammar("regex", "|".join(re.escape(text) for text in outputs.choice))
+        if outputs.json_ is not None:
+            return Grammar(
+                "json_schema", outputs.json_ if isinstance(outputs.json_, str) else json.dumps(outputs.json_)
+            )
+        return ANY_OBJECT
+    if isinstance(response_format, JSONSchemaFormat):
+        return Grammar("json_schema", json.dumps(response_format.json_schema.schema_ or {}))
+    return ANY_OBJECT if isinstance(response_format, JSONObjectFormat) else None
+
+
+def error_event(error: Exception) -> bytes:
+    return sse(error_body(error, "openai")) + DONE
+
+
+def token_name(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as a key of log-probabilities: its text, or its bytes where they are not text on their own."""
+    token_bytes = tokenizer.token_bytes[token_id]
+    try:
+        return token_bytes.decode() if token_bytes else tokenizer.token_text(token_id)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
+
+
+class TextOffsets:
+    """Where each token of a text starts, in characters."""
+
+    def __init__(self, start: int = 0) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._n_characters = start
+
+    def next(self, token_bytes: bytes) -> int:
+        start = self._n_characters
+        self._n_characters += len(self._decoder.decode(token_bytes))
+        return start

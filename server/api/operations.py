@@ -1,0 +1,29 @@
+"""What those who run the server ask: /health, /ready, /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+from server.api.context import ContextOf
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health", response_class=PlainTextResponse, responses={503: {"description": "It must be restarted."}})
+def health(context: ContextOf) -> Response:
+    """200 while the process can generate, also while it drains."""
+    return PlainTextResponse("", 200 if context.engine.is_alive else 503)
+
+
+@router.get("/ready", response_class=PlainTextResponse, responses={503: {"description": "Send requests elsewhere."}})
+def ready(context: ContextOf) -> Response:
+    """200 while requests are taken; 503 after SIGTERM."""
+    return PlainTextResponse("", 200 if context.engine.is_ready else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(context: ContextOf) -> Response:
+    """Metrics for Prometheus, under vLLM's names."""
+    return PlainTextResponse(context.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

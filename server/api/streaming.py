@@ -1,0 +1,156 @@
+"""Answers that take a while: server-sent events, and what becomes of them when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from model.sampling import SamplingParams
+from server.api.context import Context
+from server.engine import Completion, RequestOutput, RequestStream
+from server.errors import ServerError
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+EVENT_STREAM = "text/event-stream"
+
+T = TypeVar("T")
+Prompt = str | list[int]
+
+
+async def open_streams(
+    http_request: Request, context: Context, prompts: Sequence[Prompt], params: SamplingParams, **options: Any
+) -> list[RequestStream]:
+    """Submit a request for each prompt, all or none. Raises and takes options as `AsyncEngine.submit`."""
+    streams: list[RequestStream] = http_request.state.record.streams
+    try:
+        for prompt in prompts:
+            stream = await context.engine.submit(prompt, params, timeout=context.config.request_timeout, **options)
+            streams.append(stream)  # one by one: those before an error must be closed
+    except BaseException:
+        close(streams)
+        raise
+    return streams
+
+
+def close(streams: Sequence[RequestStream]) -> None:
+    for stream in streams:
+        stream.close()
+
+
+async def read_all(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
+    """(index of the stream, what came from it), as it comes, until all have ended."""
+    if len(streams) == 1:
+        while outputs := await streams[0].read():
+            yield 0, outputs
+        return
+    reading = {asyncio.create_task(stream.read()): i for i, stream in enumerate(streams)}
+    try:
+        while reading:
+            done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                outputs = task.result()
+                i = reading.pop(task)
+                if outputs:
+                    reading[asyncio.create_task(streams[i].read())] = i
+                    yield i, outputs
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+async def collect(streams: Sequence[RequestStream]) -> list[list[Completion]]:
+    """The texts of each stream, whole."""
+    completions = [[Completion(i) for i in range(stream.request.params.n_generated)] for stream in streams]
+    async for i, outputs in read_all(streams):
+        for output in outputs:
+            completions[i][output.index].add(output)
+    return completions
+
+
+async def whole_answer(
+    http_request: Request, streams: Sequence[RequestStream], respond: Callable[[list[list[Completion]]], Response]
+) -> Response:
+    """The response made from the texts once they are complete. If the client leaves before, generation stops."""
+    try:
+        completions = await unless_left(http_request, collect(streams))
+    finally:
+        close(streams)
+    return Response(status_code=CLIENT_CLOSED_REQUEST) if completions is None else respond(completions)
+
+
+async def event_answer(
+    http_request: Request,
+    streams: Sequence[RequestStream],
+    events: AsyncIterator[bytes],
+    error_event: Callable[[Exception], bytes],
+) -> Response:
+    """Server-sent events. An error before the first one gets its real status; a later one becomes an event."""
+    try:
+        first = await unless_left(http_request, _first(events))
+    except BaseException:
+        close(streams)
+        raise
+    if first is None:
+        close(streams)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return EventStream(_guarded(first, events, error_event), streams)
+
+
+class EventStream(StreamingResponse):
+    """Lets go of its requests however it ends, even if the client has left before the first event."""
+
+    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[RequestStream]) -> None:
+        super().__init__(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
+        self.streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            close(self.streams)
+
+
+def sse(content: object, prefix: str = "data: ") -> bytes:
+    """ASCII JSON: clients that split on every Unicode line end would cut at U+2028."""
+    return f"{prefix}{json.dumps(content, ensure_ascii=True)}\n\n".encode()
+
+
+async def _first(events: AsyncIterator[bytes]) -> bytes:
+    return await anext(events)
+
+
+async def _guarded(
+    first: bytes, events: AsyncIterator[bytes], error_event: Callable[[Exception], bytes]
+) -> AsyncIterator[bytes]:
+    yield first
+    try:
+        async for event in events:
+            yield event
+    except ServerError as error:
+        yield error_event(error)
+
+
+async def unless_left(http_request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None, and `work` cancelled, if the client leaves before it is done."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_wait_for_disconnect(http_request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.wait((working, leaving))
+
+
+async def _wait_for_disconnect(http_request: Request) -> None:
+    while (await http_request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,185 @@
+"""From bodies of text-generation-inference's contract to the engine, and back."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from model.sampling import Grammar, SamplingParams
+from model.tokenizer import Tokenizer
+from server.api.context import Context
+from server.api.errors import error_body
+from server.api.streaming import event_answer, open_streams, sse, whole_answer
+from server.api.tgi.protocol import (
+    BestOfSequence,
+    Details,
+    GenerateParameters,
+    GenerateRequest,
+    GenerateResponse,
+    GrammarParameter,
+    PrefillToken,
+    Token,
+)
+from server.engine import Completion, RequestStream, TokenOutput, best
+from server.engine import Request as EngineRequest
+
+DEFAULT_MAX_NEW_TOKENS = 100
+
+T = TypeVar("T")
+
+
+def sampling_params(given: GenerateParameters) -> SamplingParams:
+    return SamplingParams(
+        best_of=given.best_of,
+        max_tokens=_or(given.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
+        temperature=_or(given.temperature, 1.0) if given.samples else 0.0,
+        top_k=given.top_k,
+        top_p=_or(given.top_p, 1.0),
+        typical_p=_or(given.typical_p, 1.0),
+        repetition_penalty=_or(given.repetition_penalty, 1.0),
+        frequency_penalty=_or(given.frequency_penalty, 0.0),
+        seed=_or(given.seed, secrets.randbits(64)),
+        stop=tuple(given.stop or ()),
+        watermark=bool(given.watermark),
+        logprobs=given.top_n_tokens or None,
+        prompt_logprobs=0 if given.decoder_input_details else None,
+        grammar=_grammar(given.grammar) if given.grammar else None,
+    )
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _grammar(given: GrammarParameter) -> Grammar:
+    if given.type == "regex":
+        assert isinstance(given.value, str)
+        return Grammar("regex", given.value)
+    return Grammar("json_schema", given.value if isinstance(given.value, str) else json.dumps(given.value))
+
+
+async def answer(context: Context, http_request: Request, body: GenerateRequest, *, as_list: bool = False) -> Response:
+    (stream,) = streams = await _open(context, http_request, body)
+
+    def respond(completions: list[list[Completion]]) -> Response:
+        found = whole(body, stream, completions[0], context.engine.engine.tokenizer)
+        content = found.model_dump(exclude_none=not body.given.details)
+        return JSONResponse([content] if as_list else content)
+
+    return await whole_answer(http_request, streams, respond)
+
+
+async def stream(context: Context, http_request: Request, body: GenerateRequest) -> Response:
+    streams = await _open(context, http_request, body)
+    events = _events(body, streams[0], context.engine.engine.tokenizer)
+    return await event_answer(http_request, streams, events, lambda error: _sse(error_body(error, "tgi")))
+
+
+async def _open(context: Context, http_request: Request, body: GenerateRequest) -> list[RequestStream]:
+    params = sampling_params(body.given)
+    return await open_streams(http_request, context, [body.inputs], params, truncate=body.given.truncate)
+
+
+def whole(
+    body: GenerateRequest, stream: RequestStream, completions: list[Completion], tokenizer: Tokenizer
+) -> GenerateResponse:
+    (chosen,) = best(completions, 1)
+    result = GenerateResponse(generated_text=body.prefix + chosen.text)
+    if body.given.details:
+        request = stream.request
+        result.details = details(chosen, request.params, request.num_cached_tokens, tokenizer)
+        if request.params.prompt_logprobs is not None:
+            result.details.prefill = prefill(request, tokenizer)
+        if len(completions) > 1:
+            others = (text for text in completions if text is not chosen)
+            result.details.best_of_sequences = [_not_best(text, body, request.params, tokenizer) for text in others]
+    return result
+
+
+def details(text: Completion, params: SamplingParams, num_cached_tokens: int, tokenizer: Tokenizer) -> Details:
+    assert text.finish_reason is not None
+    return Details(
+        finish_reason=text.finish_reason,
+        generated_tokens=len(text.tokens),
+        seed=_told_seed(params, text.index),
+        cached_tokens=num_cached_tokens,
+        tokens=[Token(**_token(token)) for token in text.tokens],
+        top_tokens=[[Token(**top) for top in _top_tokens(token, tokenizer)] for token in text.tokens]
+        if params.logprobs
+        else None,
+    )
+
+
+def _not_best(text: Completion, body: GenerateRequest, params: SamplingParams, tokenizer: Tokenizer) -> BestOfSequence:
+    told = details(text, params, 0, tokenizer)
+    return BestOfSequence(generated_text=body.prefix + text.text, **told.model_dump(exclude={"best_of_sequences"}))
+
+
+def prefill(request: EngineRequest, tokenizer: Tokenizer) -> list[PrefillToken]:
+    first = PrefillToken(id=request.prompt_ids[0], text=tokenizer.token_text(request.prompt_ids[0]), logprob=None)
+    known = (token for token in request.prompt_logprobs if token is not None)
+    rest = [PrefillToken(id=t.token_id, text=tokenizer.token_text(t.token_id), logprob=t.logprob) for t in known]
+    return [first, *rest]
+
+
+async def _events(body: GenerateRequest, stream: RequestStream, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
+    """An event for each token; those that came together are sent together."""
+    text = Completion(0)
+    while outputs := await stream.read():
+        events = []
+        for output in outputs:
+            text.add(output)
+            events.append(_sse(event(body, stream.request, text, tokenizer)))
+        yield b"".join(events)
+
+
+def event(body: GenerateRequest, request: EngineRequest, text: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The StreamEvent of the last token of the text so far. Plain dictionaries: one is made for every token."""
+    token, ended = text.tokens[-1], text.finish_reason is not None
+    content = {
+        "index": len(text.tokens),
+        "token": _token(token),
+        "generated_text": body.prefix + text.text if ended else None,
+        "details": None,
+    }
+    if request.params.logprobs:
+        content["top_tokens"] = _top_tokens(token, tokenizer)
+    if ended and body.given.details:
+        content["details"] = {
+            "finish_reason": text.finish_reason,
+            "generated_tokens": len(text.tokens),
+            "seed": _told_seed(request.params, text.index),
+            "input_length": request.num_prompt_tokens,
+            "cached_tokens": request.num_cached_tokens,
+        }
+    return content
+
+
+def _sse(content: object) -> bytes:
+    return sse(content, "data:")
+
+
+def _token(token: TokenOutput) -> dict[str, Any]:
+    return {"id": token.token_id, "text": token.text, "logprob": token.logprob, "special": token.special}
+
+
+def _top_tokens(token: TokenOutput, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": token_id,
+            "text": tokenizer.token_text(token_id),
+            "logprob": logprob,
+            "special": not tokenizer.token_bytes[token_id],
+        }
+        for token_id, logprob in token.top_logprobs or ()
+    ]
+
+
+def _told_seed(params: SamplingParams, index: int) -> int | None:
+    """The seed that gives text `index` again, alone; greedy texts have none."""
+    return (params.seed + index) % 2**64 if params.temperature > 0 else None

@@ -1,0 +1,102 @@
+"""Prometheus metrics under the names of vLLM, so that its dashboards and autoscalers work.
+
+A "key-value cache" here is the pool of states: its usage is the share of slots taken.
+"""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from server.engine import FinishReason, LLMEngine, RequestStream
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+REASONS = {FinishReason.LENGTH: "length", FinishReason.END_OF_TEXT: "stop", FinishReason.STOP_SEQUENCE: "stop"}
+LABELS = ("model_name",)
+
+
+class Metrics:
+    """Observer of an AsyncEngine; `render` is the page that Prometheus scrapes."""
+
+    def __init__(self, engine: LLMEngine, model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._model_name = model_name
+        scheduler, pool = engine.scheduler, engine.pool
+        for name, what, value in (
+            (
+                "num_requests_running",
+                "Texts being read or decoded.",
+                lambda: scheduler.n_slots - scheduler.n_free_slots,
+            ),
+            ("num_requests_waiting", "Requests waiting for a slot.", lambda: scheduler.num_waiting),
+            (
+                "kv_cache_usage_perc",
+                "Share of state slots in use, 0 to 1.",
+                lambda: 1 - scheduler.n_free_slots / pool.n_slots,
+            ),
+        ):
+            gauge = Gauge(f"vllm:{name}", what, LABELS, registry=self._registry)
+            gauge.labels(model_name).set_function(value)
+        self._time_to_first_token = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
+        self._inter_token_latency = self._seconds("inter_token_latency_seconds", "Between two tokens of a text.")
+        self._e2e_latency = self._seconds("e2e_request_latency_seconds", "From arrival to the last token.")
+        self._queue_time = self._seconds("request_queue_time_seconds", "From arrival to a slot.")
+        self._prefill_time = self._seconds("request_prefill_time_seconds", "From a slot to the first token.")
+        self._decode_time = self._seconds("request_decode_time_seconds", "From the first token to the last.")
+        self._request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._prefix_cache_queries = self._counter("prefix_cache_queries", "Tokens looked for in the prefix cache.")
+        self._prefix_cache_hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Texts that ended, by reason.",
+            (*LABELS, "finished_reason"),
+            registry=self._registry,
+        )
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def on_token(self, stream: RequestStream, interval: float | None) -> None:
+        self._generation_tokens.inc()
+        if interval is not None:
+            self._inter_token_latency.observe(interval)
+        elif stream.num_generated_tokens == 1 and stream.first_token_at is not None:
+            self._time_to_first_token.observe(stream.first_token_at - stream.request.arrived_at)
+
+    def on_close(self, stream: RequestStream) -> None:
+        request, first = stream.request, stream.first_token_at
+        last = max(stream.last_token_at.values(), default=time.monotonic())
+        self._e2e_latency.observe(last - request.arrived_at)
+        self._count_ends(stream)
+        if request.admitted_at is None:
+            return
+        self._queue_time.observe(request.admitted_at - request.arrived_at)
+        if first is not None:
+            self._prefill_time.observe(first - request.admitted_at)
+            self._decode_time.observe(last - first)
+        self._prompt_tokens.inc(request.num_prompt_tokens)
+        self._request_prompt_tokens.observe(request.num_prompt_tokens)
+        self._prefix_cache_queries.inc(request.num_prompt_tokens)
+        self._prefix_cache_hits.inc(request.num_cached_tokens)
+        self._request_generation_tokens.observe(stream.num_generated_tokens)
+
+    def _count_ends(self, stream: RequestStream) -> None:
+        unfinished = ["error" if stream.error else "abort"] * stream.num_unfinished
+        for reason in [*(REASONS[reason] for reason in stream.finish_reasons), *unfinished]:
+            self._success.labels(self._model_name, reason).inc()
+
+    def _seconds(self, name: str, what: str) -> Histogram:
+        return self._histogram(name, f"{what} In seconds.", SECONDS)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"vllm:{name}", what, LABELS, registry=self._registry, buckets=buckets).labels(
+            self._model_name
+        )
+
+    def _counter(self, name: str, what: str) -> Counter:
+        return Counter(f"vllm:{name}", what, LABELS, registry=self._registry).labels(self._model_name)
