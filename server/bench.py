@@ -40,12 +40,12 @@ class Timing:
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-async def stream(host: str, port: int, body: dict[str, Any], api_key: str | None = None) -> Timing:
-    """Send `body` to /generate and time its events. Raises BenchError for any other answer."""
+async def stream(host: str, port: int, path: str, body: dict[str, Any], api_key: str | None = None) -> Timing:
+    """Send `body` to a route and time its events. Raises BenchError for an answer that is not a stream of tokens."""
     content = json.dumps({**body, "stream": True}).encode()
     key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
-        f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n{key}"
+        f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n{key}"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     )
     started = time.perf_counter()
@@ -58,7 +58,8 @@ async def stream(host: str, port: int, body: dict[str, Any], api_key: str | None
         timing = Timing()
         end = b""
         while chunk := await reader.read(2**16):
-            n_events = (end[-5:] + chunk).count(b"data:{") - end[-5:].count(b"data:{")
+            # An event ends with an empty line; the one that ends the head is "\r\n\r\n".
+            n_events = (end[-1:] + chunk).count(b"\n\n")
             timing.arrivals += [time.perf_counter() - started] * n_events
             end = (end + chunk)[-4096:]
         if b'"error"' in end:
@@ -68,14 +69,16 @@ async def stream(host: str, port: int, body: dict[str, Any], api_key: str | None
     return timing
 
 
-async def run(url: str, bodies: list[dict[str, Any]], n_clients: int, api_key: str | None = None) -> list[Timing]:
+async def run(
+    url: str, bodies: list[dict[str, Any]], n_clients: int, *, path: str = "/generate", api_key: str | None = None
+) -> list[Timing]:
     """Timings of all bodies, of which `n_clients` are under way at a time."""
     address = urlsplit(url)
     gate = asyncio.Semaphore(n_clients)
 
     async def one(body: dict[str, Any]) -> Timing:
         async with gate:
-            return await stream(address.hostname or "127.0.0.1", address.port or 80, body, api_key)
+            return await stream(address.hostname or "127.0.0.1", address.port or 80, path, body, api_key)
 
     return await asyncio.gather(*(one(body) for body in bodies))
 
@@ -94,7 +97,7 @@ def main(
         for i in range(requests)
     ]
     started = time.perf_counter()
-    timings = asyncio.run(run(url, bodies, clients, api_key))
+    timings = asyncio.run(run(url, bodies, clients, api_key=api_key))
     seconds = time.perf_counter() - started
     n_tokens = sum(len(timing.arrivals) for timing in timings)
     table = Table("", "median", "p90", "p99")

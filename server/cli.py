@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 import uvicorn
 
@@ -24,6 +25,7 @@ from server.errors import ConfigurationError, ServerError
 from server.logs import LogFormat, configure_logging
 
 MIB = 2**20
+SMALL_MODEL = 30_000_000  # parameters
 # Every option of a command can be given as a variable: --max-num-seqs as AFT_MAX_NUM_SEQS.
 BY_ENVIRONMENT = {"auto_envvar_prefix": "AFT"}
 
@@ -45,6 +47,12 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads of a step; all if left out, but one less for models under 30 M parameters."
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of a prompt and its text together; what the model can read if left out.")
     ] = None,
@@ -96,11 +104,18 @@ def serve(
         batch_invariant=batch_invariant,
     )
     network, tokenizer = load_checkpoint(model, device)
+    torch.set_num_threads(threads or default_threads(network))
     application = create_app(LLMEngine(network, tokenizer, config), api_config, ChatTemplate.load(model))
     uvicorn_config = uvicorn.Config(
         application, host=host, port=port, log_config=None, access_log=False, server_header=False
     )
     DrainingServer(uvicorn_config, application.state.context.engine, drain_timeout).run()
+
+
+def default_threads(network: torch.nn.Module) -> int:
+    """Beside a small model, HTTP takes most of a core, and a step that wants that one too waits for it."""
+    is_small = sum(parameter.numel() for parameter in network.parameters()) < SMALL_MODEL
+    return max(1, torch.get_num_threads() - is_small)
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -17,7 +17,7 @@ from server.errors import ConfigurationError, InvalidRequestError
 TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 # A model without a template has not learned roles: it goes on from the messages, put one after another.
 DEFAULT_TEMPLATE = (
-    "{% for message in messages %}{% if not loop.first %}\n\n{% endif %}{{ message.content }}{% endfor %}"
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}{{ message.content }}{% endfor %}"
 )
 
 

@@ -136,6 +136,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         """Starlette's own: unknown paths and methods, and bodies that cannot be decoded."""
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, PayloadTooLargeError):  # raised while FastAPI read the body
+            return await on_error(request, error.__cause__)
         if error.status_code == 400:  # bytes that are not UTF-8, nesting too deep: as any other invalid body
             return await on_error(
                 request, InvalidRequestError("The body is not JSON in UTF-8, or is nested too deeply.")

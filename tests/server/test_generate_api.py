@@ -167,12 +167,18 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ({"inputs": "a", "parameters": {"stop": ["x"] * 17}}, "parameters.stop: List should have at most 16"),
         ({"inputs": "a", "parameters": {"stop": [""]}}, "parameters.stop.0: String should have at least 1"),
         ({"inputs": "a", "parameters": {"best_of": 2}}, "parameters: best_of above 1 needs sampling: set do_sample."),
-        ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "parameters: adapter_id is not supported: this server has no adapters"),
+        (
+            {"inputs": "a", "parameters": {"adapter_id": "x"}},
+            "parameters: adapter_id is not supported: this server has no adapters",
+        ),
         ({"inputs": "a", "parameters": {"typical_p": 1.0}}, "parameters.typical_p: Input should be less than 1"),
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "parameters.repetition_penalty: Input should be"),
         ({"inputs": "a", "parameters": {"frequency_penalty": 2.5}}, "parameters.frequency_penalty: Input should be"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "parameters.grammar.value: Field required"),
-        ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": {}}}}, "parameters.grammar: grammar.value must be a string"),
+        (
+            {"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": {}}}},
+            "parameters.grammar: grammar.value must be a string",
+        ),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": "("}}}, "grammar is not a valid regex"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "json", "value": "{"}}}, "grammar is not a JSON schema"),
         (

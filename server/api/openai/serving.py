@@ -181,6 +181,8 @@ class TextOffsets:
         self._n_characters = start
 
     def next(self, token_bytes: bytes) -> int:
-        start = self._n_characters
+        is_within_character, _ = self._decoder.getstate()
+        breaks_off = bool(is_within_character) and bool(token_bytes) and token_bytes[0] & 0xC0 != 0x80
+        start = self._n_characters + breaks_off  # the broken character becomes U+FFFD
         self._n_characters += len(self._decoder.decode(token_bytes))
         return start

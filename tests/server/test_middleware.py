@@ -1,0 +1,242 @@
+"""What happens around every route: keys, limits, ids, log lines, traces, metrics, CORS."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from fastapi.testclient import TestClient
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from model import load_checkpoint
+from server.api.app import create_app
+from server.api.config import APIConfig
+from server.engine import EngineConfig, LLMEngine
+from server.errors import ConfigurationError
+from server.logs import TextFormatter, configure_logging
+
+BODY = {"inputs": "The fox", "parameters": {"max_new_tokens": 3}}
+OPENAI_BODY = {"prompt": "The fox", "max_tokens": 3}
+
+
+@contextmanager
+def serving(checkpoint: Path, engine_config: EngineConfig | None = None, **options: Any) -> Iterator[TestClient]:
+    model, tokenizer = load_checkpoint(checkpoint)
+    app = create_app(LLMEngine(model, tokenizer, engine_config), APIConfig(**options))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_keys(checkpoint: Path) -> None:
+    with serving(checkpoint, api_keys=("first-key", "second-key")) as client:
+        for path, body in (("/generate", BODY), ("/v1/completions", OPENAI_BODY), ("/tokenize", {"inputs": "a"})):
+            for value in (None, "Bearer", "Bearer third-key", "Basic first-key", "first-key"):
+                headers = {} if value is None else {"Authorization": value}
+                refused = client.post(path, json=body, headers=headers)
+                assert refused.status_code == 401
+                assert refused.headers["www-authenticate"] == "Bearer"
+                assert "error" in refused.json()
+            for key in ("first-key", "second-key"):
+                assert client.post(path, json=body, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        assert client.get("/v1/models").status_code == 401
+        for path in ("/health", "/ready", "/metrics", "/ui", "/openapi.json"):
+            assert client.get(path).status_code == 200
+
+
+def test_keys_are_never_logged(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with serving(checkpoint, api_keys=("a-secret-key",)) as client:
+        client.post("/generate", json=BODY, headers={"Authorization": "Bearer a-secret-key"})
+        client.post("/generate", json=BODY, headers={"Authorization": "Bearer another-secret"})
+    assert len([record for record in caplog.records if record.message == "request"]) == 2
+    logged = "".join(json.dumps(vars(record), default=str) for record in caplog.records)
+    assert "secret" not in logged
+
+
+def test_a_key_with_a_space_is_a_mistake() -> None:
+    with pytest.raises(ConfigurationError, match="api_keys"):
+        APIConfig(api_keys=("a key ",))
+
+
+def test_bodies_are_limited(checkpoint: Path) -> None:
+    with serving(checkpoint, max_body_size=1000) as client:
+        content = json.dumps({**BODY, "inputs": "x" * 2000}).encode()
+        pieces = [content[i : i + 100] for i in range(0, len(content), 100)]
+        for path in ("/generate", "/v1/completions"):
+            for sent in (content, iter(pieces)):  # with a Content-Length, and without one
+                refused = client.post(path, content=sent, headers={"content-type": "application/json"})
+                assert refused.status_code == 413, refused.text
+                assert "The body must have at most 1000 bytes." in refused.text
+        assert client.post("/generate", json=BODY).status_code == 200
+
+
+def test_grammars_are_limited(checkpoint: Path) -> None:
+    with serving(checkpoint, EngineConfig(max_grammar_length=20)) as client:
+        grammar = {"type": "regex", "value": "a" * 21}
+        refused = client.post("/generate", json={**BODY, "parameters": {"grammar": grammar}})
+        assert refused.status_code == 422
+        assert refused.json()["error"] == "grammar must have at most 20 characters here, not 21."
+    with serving(checkpoint, EngineConfig(grammar_timeout=0.05)) as client:
+        engine = client.app.state.context.engine  # type: ignore[attr-defined]
+        slow = threading.Event()
+        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: slow.wait(5)):
+            refused = client.post("/v1/completions", json={**OPENAI_BODY, "structured_outputs": {"regex": "a"}})
+            slow.set()
+        assert refused.status_code == 400
+        assert "grammar took more than the 0.05 seconds" in refused.json()["error"]["message"]
+
+
+def test_request_ids(checkpoint: Path) -> None:
+    with serving(checkpoint) as client:
+        made = [client.post("/generate", json=BODY).headers["x-request-id"] for _ in range(2)]
+        assert made[0] != made[1]
+        given = client.post("/v1/completions", json=OPENAI_BODY, headers={"x-request-id": "trace-7"})
+        assert given.headers["x-request-id"] == "trace-7"
+        assert given.json()["id"] == "cmpl-trace-7"
+        for bad in ("with space", "x" * 129, ""):
+            assert client.get("/health", headers={"x-request-id": bad}).headers["x-request-id"] != bad
+        assert client.post("/generate", json={}).headers["x-request-id"]
+
+
+def test_cors_is_off_unless_asked_for(checkpoint: Path) -> None:
+    headers = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with serving(checkpoint) as client:
+        assert "access-control-allow-origin" not in client.options("/generate", headers=headers).headers
+        assert "access-control-allow-origin" not in client.post("/generate", json=BODY, headers=headers).headers
+    with serving(checkpoint, cors_origins=("https://example.org",), api_keys=("key",)) as client:
+        allowed = client.options("/generate", headers=headers)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+        other = client.options("/generate", headers={**headers, "Origin": "https://example.com"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_each_request_has_one_line_with_its_timings(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with serving(checkpoint) as client:
+        client.post("/generate", json=BODY)
+        client.post(
+            "/v1/completions", json={**OPENAI_BODY, "prompt": ["The fox", "A bird"], "n": 2, "ignore_eos": True}
+        )
+        client.post("/generate", json={})
+        client.get("/health")
+    lines = [vars(record) for record in caplog.records if record.message == "request"]
+    assert [(line["path"], line["status"]) for line in lines] == [
+        ("/generate", 200),
+        ("/v1/completions", 200),
+        ("/generate", 422),
+    ]
+    first, second, refused = lines
+    assert first["generated_tokens"] == 3
+    assert first["finish_reasons"] == ["length"]
+    assert 0 <= first["queue_seconds"] <= first["time_to_first_token"] <= first["seconds"]
+    assert second["generated_tokens"] == 12
+    assert second["finish_reasons"] == ["length"] * 4
+    assert "generated_tokens" not in refused
+
+
+def test_an_unforeseen_error_tells_the_client_nothing(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(checkpoint) as client:
+        engine = client.app.state.context.engine  # type: ignore[attr-defined]
+        with mock.patch.object(engine, "submit", side_effect=RuntimeError("inner workings")):
+            for path, body in (("/generate", BODY), ("/v1/completions", OPENAI_BODY)):
+                failed = client.post(path, json=body)
+                assert failed.status_code == 500
+                assert "The server failed on this request." in failed.text
+                assert "inner" not in failed.text
+                assert failed.headers["x-request-id"]
+    assert "inner workings" in caplog.text
+
+
+def test_log_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        configure_logging("json")
+        logging.getLogger("server.x").info("request", extra={"seconds": 0.5, "finish_reasons": ["length"]})
+        line = json.loads(capsys.readouterr().err)
+        assert (line["message"], line["seconds"], line["finish_reasons"]) == ("request", 0.5, ["length"])
+        assert (line["level"], line["logger"]) == ("INFO", "server.x")
+    finally:
+        root.handlers, root.level = before, level
+    record = logging.makeLogRecord({"msg": "request", "path": "/a b", "seconds": 0.5, "id": "x"})
+    assert TextFormatter("%(message)s").format(record) == 'request path="/a b" seconds=0.5 id=x'
+
+
+def test_metrics(checkpoint: Path) -> None:
+    with serving(checkpoint, model_name="tiny") as client:
+        for _ in range(2):
+            client.post("/v1/completions", json={**OPENAI_BODY, "n": 2, "ignore_eos": True})
+        client.post("/v1/completions", json={**OPENAI_BODY, "max_tokens": 0, "echo": True, "logprobs": 0})
+        text = client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+    def value(name: str, **labels: str) -> float:
+        pairs = ",".join(f'{key}="{of}"' for key, of in sorted({**labels, "model_name": "tiny"}.items()))
+        return float(values[f"vllm:{name}{{{pairs}}}"])
+
+    assert value("num_requests_running") == value("num_requests_waiting") == value("kv_cache_usage_perc") == 0
+    assert value("time_to_first_token_seconds_count") == 2
+    assert value("inter_token_latency_seconds_count") == 8
+    assert value("generation_tokens_total") == 12
+    assert value("request_success_total", finished_reason="length") == 5
+    assert value("e2e_request_latency_seconds_count") == value("request_queue_time_seconds_count") == 3
+    assert value("prefix_cache_queries_total") == value("prompt_tokens_total") > 6
+    assert 0 < value("prefix_cache_hits_total") < value("prefix_cache_queries_total")
+
+
+def test_traces_go_to_the_collector(checkpoint: Path) -> None:
+    received: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["content-length"])))
+            assert self.path == "/v1/traces"
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        with serving(checkpoint, otlp_endpoint=f"http://127.0.0.1:{collector.server_port}") as client:
+            parent = f"00-{'a' * 32}-{'b' * 16}-01"
+            client.post("/generate", json=BODY, headers={"traceparent": parent})
+        collector.shutdown()
+    spans = [
+        span
+        for content in received
+        for resource in ExportTraceServiceRequest.FromString(content).resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+    (span,) = spans
+    assert span.name == "POST /generate"
+    assert span.trace_id.hex() == "a" * 32
+    assert span.parent_span_id.hex() == "b" * 16
+    attributes = {attribute.key: attribute.value for attribute in span.attributes}
+    assert attributes["gen_ai.usage.output_tokens"].int_value == 3
+    assert attributes["http.response.status_code"].int_value == 200
+    assert span.end_time_unix_nano > span.start_time_unix_nano
+
+
+def test_health_and_readiness_part_while_draining(checkpoint: Path) -> None:
+    with serving(checkpoint) as client:
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        engine = client.app.state.context.engine  # type: ignore[attr-defined]
+        assert client.portal is not None
+        client.portal.call(engine.drain, 1.0)
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 503
+        engine.stop()
+        assert client.get("/health").status_code == 503
+        engine.stop = lambda: None

@@ -1,0 +1,340 @@
+"""OpenAI's contract, against the application in process."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from model import Tokenizer, load_checkpoint
+from server.api.openai.protocol import (
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+    CompletionResponse,
+)
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "The fox"}]
+
+
+def post(client: TestClient, path: str = COMPLETIONS, **body: Any) -> httpx2.Response:
+    response: httpx2.Response = client.post(path, json=body)
+    return response
+
+
+def complete(client: TestClient, **body: Any) -> dict[str, Any]:
+    response = post(client, **{"prompt": "The fox", "temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
+    CompletionResponse.model_validate(content)
+    return content
+
+
+def chat(client: TestClient, **body: Any) -> dict[str, Any]:
+    response = post(client, CHAT, **{"messages": MESSAGES, "temperature": 0, "max_tokens": 9, **body})
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
+    ChatCompletionResponse.model_validate(content)
+    return content
+
+
+def chunks(response: httpx2.Response, kind: type[CompletionResponse] | type[ChatCompletionChunk]) -> list[Any]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text.isascii()
+    *parts, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    found = [json.loads(part.removeprefix("data: ")) for part in parts]
+    for chunk in found:
+        kind.model_validate(chunk)
+    return found
+
+
+def generated(client: TestClient, **parameters: Any) -> dict[str, Any]:
+    """What /generate says of the same."""
+    body = {"inputs": "The fox", "parameters": {"details": True, **parameters}}
+    content: dict[str, Any] = client.post("/generate", json=body).json()
+    return content
+
+
+def test_a_completion_is_what_generate_gives(client: TestClient, tokenizer: Tokenizer) -> None:
+    content = complete(client, max_tokens=12, return_token_ids=True)
+    same = generated(client, max_new_tokens=12)
+    (choice,) = content["choices"]
+    assert choice["text"] == same["generated_text"]
+    assert choice["token_ids"] == [token["id"] for token in same["details"]["tokens"]]
+    assert choice["prompt_token_ids"] == tokenizer.encode_text("The fox")
+    assert choice["finish_reason"] == "length"
+    n_prompt = len(tokenizer.encode_text("The fox"))
+    usage = content["usage"]
+    assert usage.pop("prompt_tokens_details")["cached_tokens"] <= n_prompt
+    assert usage == {"prompt_tokens": n_prompt, "completion_tokens": 12, "total_tokens": n_prompt + 12}
+    assert content["object"] == "text_completion"
+    assert content["id"].startswith("cmpl-")
+    assert len(complete(client)["choices"][0]["text"]) > 0
+
+
+def test_the_default_is_sixteen_tokens_sampled(client: TestClient) -> None:
+    texts = set()
+    for _ in range(3):
+        content = post(client, prompt="The fox", ignore_eos=True).json()
+        assert content["usage"]["completion_tokens"] == 16
+        texts.add(content["choices"][0]["text"])
+    assert len(texts) == 3
+
+
+def test_prompts_in_all_forms(client: TestClient, tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.encode_text(text) for text in ("The fox", "A bird")]
+    several = complete(client, prompt=["The fox", "A bird"], max_tokens=5)["choices"]
+    assert [choice["index"] for choice in several] == [0, 1]
+    texts = [choice["text"] for choice in several]
+    assert [c["text"] for c in complete(client, prompt=ids, max_tokens=5)["choices"]] == texts
+    assert complete(client, prompt=ids[0], max_tokens=5)["choices"][0]["text"] == texts[0]
+    assert complete(client, prompt=None, max_tokens=5)["usage"]["prompt_tokens"] == 1
+    bare = complete(client, prompt="The fox", add_special_tokens=False, max_tokens=1)
+    assert bare["usage"]["prompt_tokens"] == len(ids[0]) - 1
+    assert complete(client, prompt=ids[0], truncate_prompt_tokens=2, max_tokens=1)["usage"]["prompt_tokens"] == 2
+
+
+def test_choices_of_several_prompts_are_numbered_through(client: TestClient) -> None:
+    body = {"prompt": ["The fox", "A bird"], "n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 6}
+    several = complete(client, **body)
+    assert [choice["index"] for choice in several["choices"]] == list(range(6))
+    second = complete(client, **{**body, "prompt": "A bird"})
+    assert [c["text"] for c in several["choices"][3:]] == [c["text"] for c in second["choices"]]
+    assert len({choice["text"] for choice in second["choices"]}) == 3
+    streamed = chunks(post(client, **body, stream=True), CompletionResponse)
+    for whole in several["choices"]:
+        pieces = [c for chunk in streamed for c in chunk["choices"] if c["index"] == whole["index"]]
+        assert "".join(piece["text"] for piece in pieces) == whole["text"]
+        assert [p["finish_reason"] for p in pieces if p["finish_reason"]] == [whole["finish_reason"]]
+
+
+def test_best_of_returns_the_likelier_texts(client: TestClient) -> None:
+    body = {"temperature": 2.0, "seed": 3, "max_tokens": 8, "logprobs": 0}
+    everything = complete(client, n=4, **body)["choices"]
+    best = complete(client, n=2, best_of=4, **body)
+
+    def mean(choice: dict[str, Any]) -> float:
+        logprobs = choice["logprobs"]["token_logprobs"]
+        return float(sum(logprobs) / len(logprobs))
+
+    assert [choice["text"] for choice in best["choices"]] == [
+        choice["text"] for choice in sorted(everything, key=mean, reverse=True)[:2]
+    ]
+    assert best["usage"]["completion_tokens"] == sum(len(c["logprobs"]["tokens"]) for c in everything)
+
+
+@pytest.mark.parametrize("prompt", ["The fox\u2019s été", [5, 300, 200, 17]])
+def test_echo_scores_the_prompt(prompt: str | list[int], client: TestClient, checkpoint: Path) -> None:
+    model, tokenizer = load_checkpoint(checkpoint)
+    ids = tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
+    (choice,) = complete(client, prompt=prompt, echo=True, logprobs=2, max_tokens=0)["choices"]
+    assert choice["text"] == tokenizer.decode(ids)
+    logprobs = choice["logprobs"]
+    expected = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    for i in range(1, len(ids)):
+        assert logprobs["token_logprobs"][i] == pytest.approx(float(expected[i - 1, ids[i]]), abs=1e-4)
+        assert max(logprobs["top_logprobs"][i].values()) == pytest.approx(float(expected[i - 1].max()), abs=1e-4)
+        assert logprobs["top_logprobs"][i][logprobs["tokens"][i]] == logprobs["token_logprobs"][i]
+    offsets = logprobs["text_offset"]
+    assert offsets == sorted(offsets)
+    for i, token_id in enumerate(ids):
+        if not logprobs["tokens"][i].startswith("bytes:") and tokenizer.token_bytes[token_id]:
+            assert choice["text"].startswith(logprobs["tokens"][i], offsets[i])
+
+    longer = complete(client, prompt=prompt, echo=True, logprobs=2, max_tokens=3)["choices"][0]
+    assert longer["logprobs"]["token_logprobs"][: len(ids)] == pytest.approx(logprobs["token_logprobs"], abs=1e-5)
+    assert len(longer["logprobs"]["tokens"]) == len(ids) + 3
+    streamed = chunks(
+        post(client, prompt=prompt, echo=True, logprobs=2, max_tokens=3, temperature=0, stream=True), CompletionResponse
+    )
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == longer["text"]
+    for name in ("tokens", "text_offset"):
+        assert [x for chunk in streamed for x in chunk["choices"][0]["logprobs"][name]] == longer["logprobs"][name]
+    assert complete(client, prompt=prompt, echo=True, max_tokens=0)["choices"][0]["text"] == choice["text"]
+
+
+def test_stop_strings_and_tokens_are_told(client: TestClient) -> None:
+    text = complete(client, max_tokens=30)["choices"][0]["text"]
+    stop = text[8:11]
+    (choice,) = complete(client, max_tokens=30, stop=stop)["choices"]
+    assert choice["text"] == text[: text.index(stop)]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+    (kept,) = complete(client, max_tokens=30, stop=["nowhere", stop], include_stop_str_in_output=True)["choices"]
+    assert kept["text"] == text[: text.index(stop) + len(stop)]
+    first = complete(client, max_tokens=1, return_token_ids=True)["choices"][0]["token_ids"]
+    (choice,) = complete(client, max_tokens=30, stop_token_ids=first)["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", first[0])
+
+
+def test_biases_and_allowed_tokens(client: TestClient) -> None:
+    (choice,) = complete(client, max_tokens=4, logit_bias={"300": 100}, return_token_ids=True)["choices"]
+    assert choice["token_ids"] == [300] * 4
+    (choice,) = complete(
+        client, max_tokens=9, allowed_token_ids=[301, 302], temperature=1, seed=-5, return_token_ids=True
+    )["choices"]
+    assert set(choice["token_ids"]) <= {301, 302}
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"structured_outputs": {"regex": "(red|blue) fox"}}, r"(red|blue) fox"),
+        ({"structured_outputs": {"choice": ["a.b", "c|d"]}}, r"a\.b|c\|d"),
+        ({"structured_outputs": {"json": {"enum": [1, 22]}}}, r"1|22"),
+        ({"structured_outputs": {"json": '{"enum": [1, 22]}'}}, r"1|22"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"const": 5}}}}, "5"),
+        ({"response_format": {"type": "text"}}, r"(?s).*"),
+    ],
+)
+def test_structured_outputs(form: dict[str, Any], pattern: str, client: TestClient) -> None:
+    body = {"temperature": 1.5, "seed": 1, "max_tokens": 60}
+    text = complete(client, **body, **form)["choices"][0]["text"]
+    assert re.fullmatch(pattern, text)
+    message = chat(client, **body, **form)["choices"][0]["message"]
+    assert re.fullmatch(pattern, message["content"])
+
+
+def test_a_json_object_may_be_any(client: TestClient) -> None:
+    object_of = {"response_format": {"type": "json_object"}, "logit_bias": {}, "max_tokens": 40, "temperature": 1}
+    assert complete(client, **object_of)["choices"][0]["text"].startswith("{")
+
+
+def test_usage_in_streams(client: TestClient) -> None:
+    body = {"prompt": "The fox", "temperature": 0, "max_tokens": 5, "stream": True}
+    plain = chunks(post(client, **body), CompletionResponse)
+    assert all("usage" not in chunk for chunk in plain)
+    told = chunks(post(client, **body, stream_options={"include_usage": True}), CompletionResponse)
+    assert [chunk["usage"] for chunk in told[:-1]] == [None] * len(plain)
+    assert told[-1]["choices"] == []
+    assert told[-1]["usage"]["completion_tokens"] == 5
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    always = chunks(post(client, **body, stream_options=options), CompletionResponse)
+    assert always[0]["usage"]["completion_tokens"] >= 1
+    assert always[-1]["usage"] == {
+        **told[-1]["usage"],
+        "prompt_tokens_details": always[-1]["usage"]["prompt_tokens_details"],
+    }
+
+
+def test_a_chat_without_a_template_goes_on_from_the_last_message(client: TestClient) -> None:
+    content = chat(client)
+    (choice,) = content["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"] == complete(client, max_tokens=9)["choices"][0]["text"]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "The"}, {"type": "text", "text": " fox"}]}]
+    assert chat(client, messages=parts)["choices"] == content["choices"]
+    two = [{"role": "system", "content": "A story."}, {"role": "user", "content": "The fox", "name": "Ann"}]
+    text = chat(client, messages=two, max_completion_tokens=7)["choices"][0]["message"]["content"]
+    assert text == complete(client, prompt="A story.\n\nThe fox", max_tokens=7)["choices"][0]["text"]
+
+
+def test_a_chat_streams(client: TestClient) -> None:
+    body = {"messages": MESSAGES, "temperature": 1.2, "seed": 9, "max_tokens": 9, "n": 2, "logprobs": True}
+    body |= {"top_logprobs": 3}
+    whole = chat(client, **body)["choices"]
+    streamed = chunks(post(client, CHAT, **body, stream=True), ChatCompletionChunk)
+    for choice in whole:
+        pieces = [c for chunk in streamed for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert pieces[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(piece["delta"]["content"] for piece in pieces) == choice["message"]["content"]
+        told = [entry for piece in pieces if piece["logprobs"] for entry in piece["logprobs"]["content"]]
+        assert [entry["token"] for entry in told] == [entry["token"] for entry in choice["logprobs"]["content"]]
+        assert all(len(entry["top_logprobs"]) == 3 for entry in told)
+        said = b"".join(bytes(entry["bytes"]) for entry in told)
+        assert said.decode(errors="replace") == choice["message"]["content"]
+
+
+def test_explicit_nulls_are_defaults(client: TestClient) -> None:
+    for model, path, needed in (
+        (CompletionRequest, COMPLETIONS, {"prompt": "The fox"}),
+        (ChatCompletionRequest, CHAT, {"messages": MESSAGES}),
+    ):
+        nulls = dict.fromkeys(model.model_fields)
+        response = post(client, path, **{**nulls, **needed, "max_tokens": 2})
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("name", ["aft", "dummy", "tgi", "", None])
+def test_models_known_by_name(name: str | None, client: TestClient) -> None:
+    assert complete(client, model=name, max_tokens=1)["model"] == "aft"
+
+
+def test_models(client: TestClient) -> None:
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card["id"] == card["root"] == "aft"
+    assert card["max_model_len"] == 2**20
+    assert client.get("/v1/models/aft").json() == card
+    for missing in (client.get("/v1/models/gpt"), post(client, prompt="a", model="gpt")):
+        assert missing.status_code == 404
+        assert missing.json()["error"]["message"] == "There is no model 'gpt' here, only 'aft'."
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({}, "prompt: Field required"),
+        ({"prompt": 5}, "prompt: prompt must be a text, a list of texts"),
+        ({"prompt": []}, "prompt: prompt must be a text"),
+        ({"prompt": ["a", 5]}, "prompt: prompt must be a text"),
+        ({"prompt": [True]}, "prompt: prompt must be a text"),
+        ({"prompt": [[]]}, "The prompt must have at least one token."),
+        ({"prompt": [400]}, "The prompt must be of token ids from 0 to 399."),
+        ({"prompt": ["a"] * 129}, "prompt must hold at most 128 texts, not 129."),
+        ({"prompt": "a", "temperature": 2.1}, "temperature: Input should be less than or equal to 2, not 2.1."),
+        ({"prompt": "a", "n": 33}, "n and best_of must be at most 32"),
+        ({"prompt": "a", "n": 3, "best_of": 2}, "best_of must be at least n."),
+        ({"prompt": "a", "best_of": 2, "stream": True}, "best_of above n is not possible in a stream."),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options needs stream to be true."),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"prompt": "a", "logit_bias": {"400": 1}}, "logit_bias must hold token ids from 0 to 399, not 400."),
+        ({"prompt": "a", "max_tokens": 2**20}, "A prompt of 2 tokens and 1048576 new ones make 1048578, but at most"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens must be from 0 to max_tokens = 16, not 17."),
+        ({"prompt": "a", "suffix": "b"}, "suffix: Input should be None"),
+        ({"prompt": "a", "guided_regex": "b"}, "guided_regex is not a known parameter."),
+        ({"prompt": "a", "stop": ["a"] * 17}, "stop: List should have at most 16 items"),
+        ({"prompt": "a", "stop": ""}, "stop.0: String should have at least 1 character"),
+        ({"prompt": "a", "structured_outputs": {}}, "structured_outputs: structured_outputs must have exactly one"),
+        ({"prompt": "a", "response_format": {"type": "yaml"}}, "response_format: Input tag 'yaml'"),
+        ({"prompt": "\ud800"}, "Text holds a lone surrogate at character 0."),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: Input should be 'system'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: content must be"),
+        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools: List should have at most 0 items"),
+        ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs needs logprobs to be true."),
+    ],
+)
+def test_bad_bodies_are_refused_with_the_field_named(body: dict[str, Any], sentence: str, client: TestClient) -> None:
+    response = client.post(
+        CHAT if "messages" in body else COMPLETIONS,
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith(sentence), error["message"]
+
+
+def test_nothing_stays_when_one_of_several_prompts_is_refused(client: TestClient) -> None:
+    engine = client.app.state.context.engine  # type: ignore[attr-defined]
+    response = post(client, prompt=[[5], [400]], max_tokens=10**5)
+    assert response.status_code == 400
+    assert engine.num_requests == 0
+
+
+def test_a_request_id_comes_back(client: TestClient) -> None:
+    response = post(client, prompt="The fox", max_tokens=1, request_id="mine-1")
+    assert response.json()["id"] == "cmpl-mine-1"
+    assert response.headers["x-request-id"] == "mine-1"

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import Tokenizer
+from model.tokenizer import END_OF_TEXT
+from server.api.chat_template import ChatTemplate
+from server.api.tokenize import placed
+from server.errors import ConfigurationError, InvalidRequestError
+
+TEXT = "The fox\u2019s 你 été"
+
+
+def tokenize(client: TestClient, **body: Any) -> Any:
+    response = client.post("/tokenize", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_inputs_give_tokens_with_their_places(client: TestClient, tokenizer: Tokenizer) -> None:
+    tokens = tokenize(client, inputs=TEXT)
+    assert [token["id"] for token in tokens] == tokenizer.encode_text(TEXT)
+    assert tokens[0] == {"id": tokenizer.end_of_text_id, "text": "", "start": 0, "stop": 0}
+    for token in tokens:
+        if "\ufffd" not in token["text"]:
+            assert TEXT[token["start"] : token["stop"]] == token["text"]
+    assert tokenize(client, inputs=TEXT, add_special_tokens=False) == tokens[1:]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_places_cover_the_text(text: str) -> None:
+    tokenizer = _tokenizer()
+    tokens = placed(tokenizer.encode(text), tokenizer)
+    assert {i for token in tokens for i in range(token.start, token.stop)} == set(range(len(text)))
+    assert all(token.start < token.stop for token in tokens)
+
+
+def _tokenizer(made: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006 - hypothesis cannot take session fixtures
+    if not made:
+        made.append(Tokenizer.train(["The fox and the bird were été friends."] * 9, vocab_size=300))
+    return made[0]
+
+
+def test_a_prompt_gives_ids_and_they_give_it_back(client: TestClient, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_text(TEXT)
+    answer = tokenize(client, prompt=TEXT, return_token_strs=True)
+    assert answer["token_strs"][0] == END_OF_TEXT
+    assert {k: v for k, v in answer.items() if k != "token_strs"} == {
+        "tokens": ids,
+        "count": len(ids),
+        "max_model_len": 2**20,
+    }
+    assert tokenize(client, prompt=TEXT, add_special_tokens=False)["tokens"] == ids[1:]
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": TEXT}
+    assert tokenize(client, prompt=END_OF_TEXT, add_special_tokens=False)["tokens"] == [tokenizer.end_of_text_id]
+
+
+def test_messages_go_through_the_template(client: TestClient, tokenizer: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "A story."}, {"role": "user", "content": "The fox"}]
+    assert tokenize(client, messages=messages)["tokens"] == tokenizer.encode_text("A story.\n\nThe fox")
+
+
+def test_refusals(client: TestClient) -> None:
+    for path, body in (
+        ("/tokenize", {}),
+        ("/tokenize", {"inputs": 5}),
+        ("/tokenize", {"prompt": "a", "other": 1}),
+        ("/detokenize", {"tokens": [400]}),
+        ("/detokenize", {"tokens": [-1]}),
+    ):
+        response = client.post(path, json=body)
+        assert response.status_code == 422
+        assert response.json()["error_type"] == "validation"
+
+
+def test_tokenizer_info(client: TestClient) -> None:
+    info = client.get("/tokenizer_info").json()
+    assert info["eos_token"] == info["bos_token"] == END_OF_TEXT
+    assert info["vocab_size"] == 400
+    assert "messages" in info["chat_template"]
+
+
+def test_only_the_template_can_write_the_end_of_text(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    end = tokenizer.end_of_text_id
+    messages = [{"role": "user", "content": f"hi {END_OF_TEXT}"}, {"role": "assistant", "content": "ho"}]
+    ids = template.token_ids(messages, tokenizer)
+    assert ids == [end, *tokenizer.encode(f"user: hi {END_OF_TEXT}"), end, *tokenizer.encode("assistant: ho"), end]
+
+
+def test_templates_may_refuse_and_may_be_wrong(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="messages do not fit the model's chat template: no system"):
+        ChatTemplate("{{ raise_exception('no system') }}").token_ids([{"role": "user", "content": "a"}], tokenizer)
+    with pytest.raises(ConfigurationError, match="chat template is not valid"):
+        ChatTemplate("{% for %}")
+    with pytest.raises(InvalidRequestError, match="do not fit"):
+        ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").token_ids([], tokenizer)
+
+
+def test_a_template_comes_from_the_checkpoint_folder(tmp_path: Any) -> None:
+    assert "loop.first" in ChatTemplate.load(tmp_path).source
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one"}')
+    assert ChatTemplate.load(tmp_path).source == "one"
+    (tmp_path / "chat_template.jinja").write_text("two")
+    assert ChatTemplate.load(tmp_path).source == "two"
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ConfigurationError, match="not a JSON object"):
+        ChatTemplate.load(tmp_path)
