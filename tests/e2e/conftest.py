@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,13 @@ import pytest
 
 
 class Server:
-    """`aft serve ARGUMENTS` on a free port, healthy on entry; on exit, ended by SIGTERM with status 0."""
+    """`aft serve ARGUMENTS` on a free port, ready on entry; on exit, ended by SIGTERM with status 0.
 
-    def __init__(self, *arguments: str) -> None:
+    log: what it wrote, complete after the exit.
+    """
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self._environment, self.log = environment, ""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -27,21 +32,31 @@ class Server:
         self._command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
 
     def __enter__(self) -> Self:
-        self.process = subprocess.Popen(self._command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environment}
+        self._log_file = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(self._command, env=environment, stderr=self._log_file)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, "the server ended by itself"
+            assert self.process.poll() is None, f"the server ended by itself: {self._read_log()}"
             try:
-                if httpx2.get(f"{self.url}/health").status_code == 200:
+                if httpx2.get(f"{self.url}/ready").status_code == 200:
                     return self
             except httpx2.TransportError:
                 time.sleep(0.05)
-        raise TimeoutError(f"{self.url}/health gave no 200 within a minute")
+        raise TimeoutError(f"{self.url}/ready gave no 200 within a minute")
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(timeout=60) == 0
+        status = self.process.wait(timeout=60)
+        self.log = self._read_log()
+        self._log_file.close()
+        assert status == 0, self.log
+        assert "Traceback" not in self.log, self.log
+
+    def _read_log(self) -> str:
+        self._log_file.seek(0)
+        return self._log_file.read()
 
 
 @pytest.fixture(scope="session")

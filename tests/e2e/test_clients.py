@@ -47,8 +47,8 @@ def test_huggingface_hub_reads_whole_texts(url: str) -> None:
 
 
 def test_huggingface_hub_understands_refusals(url: str) -> None:
-    with pytest.raises(ValidationError, match="best_of is not supported by this server"):
-        InferenceClient(url).text_generation("The fox", best_of=2, do_sample=True)
+    with pytest.raises(ValidationError, match="best_of above 1 and seed exclude each other"):
+        InferenceClient(url).text_generation("The fox", best_of=2, do_sample=True, seed=1)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

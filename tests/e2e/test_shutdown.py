@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.conftest import Server
 
-N_STREAMS = 8
+N_STREAMS = 16
 ENDLESS_GRAMMAR = {"type": "regex", "value": "[a-z]{900000}"}
 
 
@@ -45,7 +45,7 @@ def test_running_streams_end_and_new_requests_get_503(server: Server) -> None:
         started.wait()
         server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 5
-        while httpx2.get(f"{server.url}/health").status_code == 200:
+        while httpx2.get(f"{server.url}/ready").status_code == 200:
             assert time.monotonic() < deadline
         refused = httpx2.post(f"{server.url}/generate", json={"inputs": "The fox"})
         assert refused.status_code == 503

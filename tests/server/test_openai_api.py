@@ -105,7 +105,7 @@ def test_prompts_in_all_forms(client: TestClient, tokenizer: Tokenizer) -> None:
 
 
 def test_choices_of_several_prompts_are_numbered_through(client: TestClient) -> None:
-    body = {"prompt": ["The fox", "A bird"], "n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 6}
+    body: dict[str, Any] = {"prompt": ["The fox", "A bird"], "n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 6}
     several = complete(client, **body)
     assert [choice["index"] for choice in several["choices"]] == list(range(6))
     second = complete(client, **{**body, "prompt": "A bird"})
@@ -212,7 +212,7 @@ def test_a_json_object_may_be_any(client: TestClient) -> None:
 
 
 def test_usage_in_streams(client: TestClient) -> None:
-    body = {"prompt": "The fox", "temperature": 0, "max_tokens": 5, "stream": True}
+    body: dict[str, Any] = {"prompt": "The fox", "temperature": 0, "max_tokens": 5, "stream": True}
     plain = chunks(post(client, **body), CompletionResponse)
     assert all("usage" not in chunk for chunk in plain)
     told = chunks(post(client, **body, stream_options={"include_usage": True}), CompletionResponse)

@@ -11,7 +11,6 @@ from server.api.context import Context, ContextOf
 from server.api.errors import OPENAI_RESPONSES
 from server.api.openai import chat, completions
 from server.api.openai.protocol import (
-    ChatCompletionChunk,
     ChatCompletionRequest,
     ChatCompletionResponse,
     CompletionRequest,
@@ -25,14 +24,16 @@ from server.api.streaming import EVENT_STREAM
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
-def _stream_of(chunk: type[CompletionResponse] | type[ChatCompletionChunk]) -> dict[str, Any]:
-    return {"content": {EVENT_STREAM: {"schema": {"$ref": f"#/components/schemas/{chunk.__name__}"}}}}
+STREAM: dict[str, Any] = {
+    "description": "With `stream`, server-sent events: chunks, then `[DONE]`",
+    "content": {EVENT_STREAM: {}},
+}
 
 
 @router.post(
     "/completions",
     response_model=CompletionResponse,
-    responses={200: _stream_of(CompletionResponse), **OPENAI_RESPONSES},
+    responses={200: STREAM, **OPENAI_RESPONSES},
 )
 async def create_completion(body: CompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """Texts that go on from one prompt or several: a JSON object, or chunks if `stream` is true."""
@@ -42,7 +43,7 @@ async def create_completion(body: CompletionRequest, context: ContextOf, http_re
 @router.post(
     "/chat/completions",
     response_model=ChatCompletionResponse,
-    responses={200: _stream_of(ChatCompletionChunk), **OPENAI_RESPONSES},
+    responses={200: STREAM, **OPENAI_RESPONSES},
 )
 async def create_chat_completion(body: ChatCompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """The next message of a chat: a JSON object, or chunks if `stream` is true."""

@@ -17,11 +17,13 @@ from server.api.tgi.protocol import (
     GenerateRequest,
     GenerateResponse,
     Info,
-    StreamEvent,
     StreamRequest,
 )
 
-STREAM: dict[str, Any] = {"content": {EVENT_STREAM: {"schema": StreamEvent.model_json_schema()}}}
+STREAM: dict[str, Any] = {
+    "description": "With `stream`, server-sent events: `index`, `token`, `top_tokens`, `generated_text`, `details`",
+    "content": {EVENT_STREAM: {}},
+}
 
 router = APIRouter(tags=["text-generation-inference"])
 
