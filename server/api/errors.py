@@ -120,6 +120,8 @@ def error_response(error: Exception, surface: Surface) -> JSONResponse:
     headers = {"Retry-After": RETRY_AFTER_SECONDS} if status in (429, 503) else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if status == 413:
+        headers["Connection"] = "close"  # the rest of the body is not read
     return JSONResponse(error_body(error, surface), status, headers)
 
 

@@ -20,6 +20,7 @@ from server.errors import (
     RequestTimeoutError,
     ServerError,
     ShuttingDownError,
+    SlowReaderError,
 )
 from tests.conftest import random_model, tiny_config
 
@@ -189,3 +190,46 @@ def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
         stream.close()
 
     in_engine(tokenizer, main)
+
+
+def test_a_reader_far_behind_loses_its_request(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        with mock.patch("server.engine.async_engine.MAX_UNREAD", 50):
+            slow = await engine.submit("the fox", ENDLESS)
+            while engine.num_requests:
+                await asyncio.sleep(0.01)
+        read = 0
+        with pytest.raises(SlowReaderError, match="left 50 tokens"):
+            async for _ in slow:
+                read += 1
+        assert read == 51  # nothing that was kept is lost
+        slow.close()
+        assert len(await generate(engine)) == 5
+
+    in_engine(tokenizer, main, max_num_seqs=1)
+
+
+def test_an_observer_is_told_of_every_token_and_end(tokenizer: Tokenizer) -> None:
+    told: list[object] = []
+
+    class Recorder:
+        def on_token(self, stream: RequestStream, interval: float | None) -> None:
+            told.append(interval is None)
+
+        def on_close(self, stream: RequestStream) -> None:
+            told.append(stream.finish_reasons)
+
+    engine = AsyncEngine(LLMEngine(random_model(tiny_config()), tokenizer), Recorder())
+
+    async def main() -> None:
+        engine.start()
+        await generate(engine)
+        abandoned = await engine.submit("the fox", ENDLESS)
+        await abandoned.read()
+        abandoned.close()
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(main())
+    assert told[:6] == [True, False, False, False, False, ["length"]]
+    assert told[6] is True
+    assert [] in told[7:]

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from model import Tokenizer, load_checkpoint
 from model.generate import generate
 from model.sampling import SamplingParams
+from model.watermark import z_score
 from server.api.app import create_app
+from server.api.tgi.protocol import GenerateParameters, StreamEvent
 from server.engine import EngineConfig, LLMEngine
-
-
-@pytest.fixture(scope="module")
-def client(checkpoint: Path) -> Iterator[TestClient]:
-    model, tokenizer = load_checkpoint(checkpoint)
-    with TestClient(create_app(LLMEngine(model, tokenizer)), raise_server_exceptions=False) as client:
-        yield client
 
 
 def post(client: TestClient, path: str = "/generate", **body: Any) -> httpx2.Response:
@@ -100,8 +95,6 @@ def test_root_answers_a_list(client: TestClient) -> None:
 
 
 def test_explicit_nulls_are_defaults(client: TestClient) -> None:
-    from server.api.tgi.protocol import GenerateParameters
-
     nulls = dict.fromkeys(GenerateParameters.model_fields)
     response = post(client, inputs="The fox", parameters={**nulls, "max_new_tokens": 5}, stream=None)
     assert response.json() == post(client, inputs="The fox", parameters={"max_new_tokens": 5}).json()
@@ -181,6 +174,7 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": "("}}}, "grammar is not a valid regex"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "json", "value": "{"}}}, "grammar is not a JSON schema"),
+        ({"inputs": "a", "parameters": {"best_of": 2, "seed": 1}}, "parameters: best_of above 1 and seed exclude"),
         (
             {"inputs": "a", "parameters": {"grammar": {"type": "json", "value": {"type": "poem"}}}},
             "grammar is not a valid json_schema",
@@ -193,6 +187,14 @@ def test_bad_bodies_are_refused_with_the_field_named(body: dict[str, Any], sente
         assert response.status_code == 422
         assert response.json()["error_type"] == "validation"
         assert response.json()["error"].startswith(sentence)
+
+
+@pytest.mark.parametrize("parameters", [{"best_of": 2, "do_sample": True}, {"decoder_input_details": True}])
+def test_what_needs_the_whole_text_is_refused_in_streams(parameters: dict[str, Any], client: TestClient) -> None:
+    for path, stream in (("/generate", True), ("/generate_stream", None), ("/", True)):
+        response = post(client, path, inputs="a", parameters=parameters, stream=stream)
+        assert response.status_code == 422
+        assert "is not possible in a stream" in response.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,65 @@ def test_grammar(grammar: dict[str, Any], pattern: str, client: TestClient) -> N
     assert re.fullmatch(pattern, body["generated_text"])
     if grammar["type"] == "json":
         assert set(json.loads(body["generated_text"])) <= {"é", 2}
+
+
+def test_top_tokens_are_told(client: TestClient, tokenizer: Tokenizer) -> None:
+    parameters = {"max_new_tokens": 5, "details": True, "top_n_tokens": 3}
+    body = post(client, inputs="The fox", parameters=parameters).json()
+    stream = events(post(client, inputs="The fox", parameters=parameters, stream=True))
+    for token, top, event in zip(body["details"]["tokens"], body["details"]["top_tokens"], stream, strict=True):
+        assert len(top) == 3
+        assert top[0] == token  # greedy
+        assert [t["logprob"] for t in top] == sorted((t["logprob"] for t in top), reverse=True)
+        assert event["top_tokens"] == top
+        StreamEvent.model_validate(event)
+        assert all(t["text"] == tokenizer.token_text(t["id"]) for t in top)
+
+
+def test_the_inputs_tokens_are_told(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True}
+    prefill = post(client, inputs="The fox", parameters=parameters).json()["details"]["prefill"]
+    ids = tokenizer.encode_text("The fox")
+    assert [token["id"] for token in prefill] == ids
+    model, _ = load_checkpoint(checkpoint)
+    scores = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+    assert prefill[0]["logprob"] is None
+    for i in range(1, len(ids)):
+        assert prefill[i]["logprob"] == pytest.approx(float(scores[i - 1, ids[i]]), abs=1e-5)
+
+
+def test_the_best_of_several_texts_is_returned_and_the_others_told(client: TestClient) -> None:
+    parameters = {"max_new_tokens": 8, "details": True, "do_sample": True, "best_of": 4, "return_full_text": True}
+    body = post(client, inputs="The fox", parameters=parameters).json()
+    details = body["details"]
+    others = details["best_of_sequences"]
+
+    def mean(sequence: dict[str, Any]) -> float:
+        return float(sum(token["logprob"] for token in sequence["tokens"]) / sequence["generated_tokens"])
+
+    assert len(others) == 3
+    assert mean(details) >= max(map(mean, others))
+    assert all(text.startswith("The fox") for text in (body["generated_text"], *(o["generated_text"] for o in others)))
+    again = {"max_new_tokens": 8, "do_sample": True, "return_full_text": True, "seed": details["seed"]}
+    assert post(client, inputs="The fox", parameters=again).json()["generated_text"] == body["generated_text"]
+
+
+def test_a_watermark_can_be_found(client: TestClient) -> None:
+    parameters = {"max_new_tokens": 200, "details": True, "do_sample": True, "seed": 2}
+    scores = []
+    for watermark in (False, True):
+        body = post(client, inputs="The fox", parameters={**parameters, "watermark": watermark}).json()
+        scores.append(z_score([token["id"] for token in body["details"]["tokens"]], 400))
+    assert scores[0] < 3
+    assert scores[1] > 4
+
+
+def test_info(client: TestClient) -> None:
+    info = client.get("/info").json()
+    assert info["model_id"] == "aft"
+    assert info["max_total_tokens"] == 2**20
+    assert info["max_best_of"] == 32
+    assert info["state_bytes"] == client.app.state.context.engine.engine.pool.nbytes / 32  # type: ignore[attr-defined]
 
 
 def test_health(client: TestClient) -> None:
