@@ -33,4 +33,6 @@ $(VENV)/.serve: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[test]'
+	$(PYTHON) -m venv $(VENV)/text-generation  # a client that needs an older huggingface_hub
+	$(VENV)/text-generation/bin/pip install --quiet text-generation
 	touch $@ $(VENV)/.serve

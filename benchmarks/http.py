@@ -6,7 +6,6 @@ process. Both have the same threads, and the clients share the machine with the 
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing
 import os
 import socket
@@ -22,7 +21,7 @@ import typer
 from httpx2 import TransportError, get
 
 from server import BUNDLED_MODEL
-from server.bench import run
+from server.bench import run, run_fast
 from server.engine import LLM, EngineConfig, SamplingParams
 
 PROMPT = "Once upon a time, in year"
@@ -64,7 +63,7 @@ def engine_rate(n_slots: int, requests: int, max_tokens: int) -> float:
 def http_rate(url: str, path: str, clients: int, requests: int, max_tokens: int) -> float:
     """Tokens per second that streaming clients get; each event is a token but for the one that ends a stream."""
     started = time.perf_counter()
-    timings = asyncio.run(run(url, [body(path, i, max_tokens) for i in range(requests)], clients, path=path))
+    timings = run_fast(run(url, [body(path, i, max_tokens) for i in range(requests)], clients, path=path))
     seconds = time.perf_counter() - started
     n_ends = 1 if path == "/v1/completions" else 0  # [DONE]
     return sum(len(timing.arrivals) - n_ends for timing in timings) / seconds

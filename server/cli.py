@@ -26,6 +26,8 @@ from server.logs import LogFormat, configure_logging
 
 MIB = 2**20
 SMALL_MODEL = 30_000_000  # parameters
+# The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
+SWITCH_SECONDS = 0.0005
 # Every option of a command can be given as a variable: --max-num-seqs as AFT_MAX_NUM_SEQS.
 BY_ENVIRONMENT = {"auto_envvar_prefix": "AFT"}
 
@@ -105,6 +107,7 @@ def serve(
     )
     network, tokenizer = load_checkpoint(model, device)
     torch.set_num_threads(threads or default_threads(network))
+    sys.setswitchinterval(SWITCH_SECONDS)
     application = create_app(LLMEngine(network, tokenizer, config), api_config, ChatTemplate.load(model))
     uvicorn_config = uvicorn.Config(
         application, host=host, port=port, log_config=None, access_log=False, server_header=False
