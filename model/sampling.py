@@ -149,7 +149,7 @@ class Sampler:
         self.params, self.vocab_size = params, vocab_size
         self.n_tokens = 0
         self.end_ids = (*params.stop_token_ids, *(() if params.ignore_eos else (end_of_text_id,)))
-        self._previous_id = prompt_ids[-1]
+        self._previous_id = prompt_ids[-1] if prompt_ids else end_of_text_id
         self._generator = torch.Generator().manual_seed((params.seed + index) % 2**64)
         self._bias = self._static_bias()
         self._counts: Tensor | None = None  # [V], how often the text has each token
