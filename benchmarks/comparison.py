@@ -1,0 +1,167 @@
+"""The paper's comparison (tables 4 and 5) at a size that a CPU trains in minutes.
+
+    python -m benchmarks.comparison train --row conv --train train.txt --valid valid.txt --characters
+    python -m benchmarks.comparison measure
+    python -m benchmarks.comparison report
+
+Every row has the same data, batches, tokens, schedule and, but for 1%, parameters; rows differ in what stands in the
+place of attention. Learned position embeddings in all, as in the paper. `train` adds a line to results.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.baselines import Baseline, with_baseline
+from model.config import AFTConfig
+from model.tokenizer import Tokenizer
+from model.training.config import TrainingConfig
+from model.training.data import PackedBatches, Source, TokenArray, encode_documents, read_documents
+from model.training.evaluate import total_nats
+from model.training.trainer import Trainer
+from model.transformer import AFTForCausalLM
+
+FOLDER = Path("runs/comparison")
+D_MODEL, N_LAYER, N_HEAD, CONTEXT, BATCH = 128, 4, 4, 256, 16
+BASELINES: dict[str, Baseline] = {"attention": "attention", "linear attention": "linear"}
+ROWS: dict[str, dict[str, Any]] = {
+    "attention": {"variant": "simple"},
+    "linear attention": {"variant": "simple"},
+    "simple": {"variant": "simple"},
+    "local-1": {"variant": "local", "window": 1},
+    "local-4": {"variant": "local", "window": 4},
+    "local-32": {"variant": "local", "window": 32},
+    "local-128": {"variant": "local", "window": 128},
+    "conv-32-32": {"variant": "conv", "n_head": 32, "window": 32},
+    "full": {"variant": "full"},
+}
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+def build(row: str, vocab_size: int, max_positions: int = CONTEXT) -> AFTForCausalLM:
+    """The model of a row, its feed-forward layer so wide that it has as many parameters as the Transformer."""
+
+    def config(d_ff: int) -> AFTConfig:
+        fields = {"vocab_size": vocab_size, "d_model": D_MODEL, "n_layer": N_LAYER, "d_ff": d_ff, **ROWS[row]}
+        return AFTConfig(max_positions=max_positions, position_embeddings=True, **fields)
+
+    def model(of: AFTConfig) -> AFTForCausalLM:
+        return with_baseline(of, BASELINES[row], N_HEAD) if row in BASELINES else AFTForCausalLM(of)
+
+    with torch.device("meta"):
+        wanted = size(with_baseline(config(4 * D_MODEL), "attention", N_HEAD))
+        per_unit = size(model(config(2))) - size(model(config(1)))
+        d_ff = 1 + round((wanted - size(model(config(1)))) / per_unit)
+    return model(config(d_ff))
+
+
+def size(model: AFTForCausalLM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@app.command()
+def train(
+    row: Annotated[str, typer.Option(help=", ".join(ROWS))],
+    train: Annotated[Path, typer.Option(help="Text to learn from.")],
+    valid: Annotated[Path, typer.Option(help="Text to be scored on, in windows of the context.")],
+    characters: Annotated[bool, typer.Option(help="A token for each character.")] = False,
+    steps: Annotated[int, typer.Option()] = 800,
+    learning_rate: Annotated[float, typer.Option()] = 3e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path, typer.Option()] = FOLDER,
+) -> None:
+    """Train and score one row, or go on where it was stopped."""
+    name = f"{train.parent.name}-{row.replace(' ', '-')}-{seed}"
+    texts = read_documents(train)
+    vocab_size = 258 + len(set("".join(texts))) if characters else 1024
+    tokenizer = Tokenizer.train(texts, vocab_size)
+    config = TrainingConfig(
+        data=(Source(train),),
+        steps=steps,
+        batch_size=BATCH,
+        context=CONTEXT,
+        learning_rate=learning_rate,
+        seed=seed,
+        checkpoint_every=200,
+    )
+    tokens = encode_documents(texts, tokenizer)
+    torch.manual_seed(seed)
+    model = build(row, vocab_size)
+    trainer = Trainer(
+        model, PackedBatches([(tokens, 1.0)], batch_size=BATCH, context=CONTEXT, seed=seed), config, out / name
+    )
+    if (out / name / "training_state.safetensors").exists():
+        trainer.resume()
+    started, done = time.perf_counter(), trainer.step
+    trainer.run()
+    speed = (steps - done) * BATCH * CONTEXT / (time.perf_counter() - started)
+    held_out = encode_documents(read_documents(valid), tokenizer)
+    result = {
+        "corpus": train.parent.name,
+        "row": row,
+        "seed": seed,
+        "parameters": size(model),
+        "tokens": steps * BATCH * CONTEXT,
+        "bits_per_character": windowed_bits_per_character(model.eval(), tokenizer, held_out),
+        "training_tokens_per_second": speed,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "losses": [[record.tokens, round(record.loss, 4)] for record in trainer.history[9::10]],
+    }
+    with (out / "results.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    print({key: value for key, value in result.items() if key != "losses"})
+
+
+@torch.inference_mode()
+def windowed_bits_per_character(model: AFTForCausalLM, tokenizer: Tokenizer, tokens: TokenArray) -> float:
+    """Of all windows of the context that fit, each read alone: no row sees a position it was not trained on."""
+    n_windows = (len(tokens) - 1) // CONTEXT
+    nats, n_characters = 0.0, 0
+    for start in range(0, n_windows, BATCH):
+        rows = [tokens[i * CONTEXT : (i + 1) * CONTEXT + 1] for i in range(start, min(start + BATCH, n_windows))]
+        batch = torch.stack([torch.from_numpy(row).long() for row in rows])
+        logits, _ = model(batch[:, :-1])
+        nats += float(total_nats(logits, batch[:, 1:]))
+        n_characters += sum(len(tokenizer.decode(row[1:].tolist())) for row in rows)
+    return nats / math.log(2) / n_characters
+
+
+@app.command()
+def measure(out: Annotated[Path, typer.Option()] = FOLDER) -> None:
+    """Decoding speed and bytes of state of every row at contexts of 1,024 and 8,192 tokens, random weights."""
+    found = {}
+    for row in ROWS:
+        model = build(row, vocab_size=1024, max_positions=8192 + 64).eval()
+        found[row] = {n: decode(model, n) for n in (1024, 8192)}
+        print(row, found[row])
+    (out / "decoding.json").write_text(json.dumps(found, indent=1))
+
+
+@torch.inference_mode()
+def decode(model: AFTForCausalLM, n_context: int, n_tokens: int = 32) -> dict[str, float]:
+    """Tokens per second of one sequence after n_context tokens, and bytes of its state."""
+    ids = torch.randint(model.config.vocab_size, (1, n_context))
+    state = None
+    for chunk in ids.split(256, dim=1):
+        _, state = model.hidden(chunk, state)
+    assert state is not None
+    token = torch.zeros(1, dtype=torch.long)
+    seconds: list[float] = []
+    after = state
+    for _ in range(n_tokens):
+        started = time.perf_counter()
+        _, after = model.step(token, after)
+        seconds.append(time.perf_counter() - started)
+    return {"tokens_per_second": 1 / sorted(seconds)[n_tokens // 2], "bytes": state.nbytes}
+
+
+if __name__ == "__main__":
+    app()
