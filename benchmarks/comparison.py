@@ -150,8 +150,8 @@ def decode(model: AFTForCausalLM, n_context: int, n_tokens: int = 32) -> dict[st
     """Tokens per second of one sequence after n_context tokens, and bytes of its state."""
     ids = torch.randint(model.config.vocab_size, (1, n_context))
     state = None
-    for chunk in ids.split(256, dim=1):
-        _, state = model.hidden(chunk, state)
+    for start in range(0, n_context, 256):
+        _, state = model.hidden(ids[:, start : start + 256], state)
     assert state is not None
     token = torch.zeros(1, dtype=torch.long)
     seconds: list[float] = []

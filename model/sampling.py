@@ -16,6 +16,7 @@ from torch import Tensor
 from model.errors import ModelError
 from model.watermark import DELTA, green_list
 
+SEED_BITS = 53  # of seeds that are drawn: JavaScript has no larger whole numbers to give them back in
 LARGEST = 1e30  # of penalties and biases, and of logits after them: products and sums stay far from overflow
 
 
@@ -59,7 +60,7 @@ class SamplingParams:
     stop_token_ids       the text ends with the first of these tokens
     ignore_eos           whether end of text is a token like others
     include_stop         whether the stop string stays in the text
-    watermark            makes the tokens of a secret half of the vocabulary likelier, see `model.watermark`
+    watermark            makes half of the vocabulary likelier, see `model.watermark`
     seed                 of the random generator of the first text; text i has seed + i
     logprobs             how many most likely tokens to report beside each token; None reports none
     prompt_logprobs      the same for the tokens of the prompt

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from model.errors import ModelError
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from server import BUNDLED_MODEL
@@ -45,7 +46,7 @@ def main(
                 continue
             try:
                 items.append(parse(item_id, fields))
-            except InvalidRequestError as error:
+            except (InvalidRequestError, ModelError) as error:
                 write(out, {"id": item_id, "error": str(error)})
         llm = LLM(model, EngineConfig(max_num_seqs=max_num_seqs), device=device)
         results = llm.stream([prompt for _, prompt, _, _ in items], [params for _, _, params, _ in items])
@@ -62,13 +63,13 @@ def requests(source: Path) -> Iterator[tuple[Any, object]]:
                 continue
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 fields = InvalidRequestError(f"The line is not JSON: {error}.")
             yield fields.pop("id", number) if isinstance(fields, dict) else number, fields
 
 
 def parse(item_id: Any, fields: object) -> Item:
-    """Raises InvalidRequestError for what is not a request."""
+    """Raises InvalidRequestError for what is not a request, SamplingError for parameters out of range."""
     if isinstance(fields, InvalidRequestError):
         raise fields
     body = parse_generate_request(fields)

@@ -90,7 +90,7 @@ def serve(
         request_timeout=request_timeout,
         max_body_size=max_body_size * MIB,
         max_prompts=max_prompts,
-        api_keys=(*(api_keys or "").split(), *_lines(api_key_file)),
+        api_keys=_api_keys(api_keys, api_key_file),
         cors_origins=tuple(cors_origins.split()),
         otlp_endpoint=otlp_endpoint,
     )
@@ -110,7 +110,13 @@ def serve(
     sys.setswitchinterval(SWITCH_SECONDS)
     application = create_app(LLMEngine(network, tokenizer, config), api_config, ChatTemplate.load(model))
     uvicorn_config = uvicorn.Config(
-        application, host=host, port=port, log_config=None, access_log=False, server_header=False
+        application,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,  # for clients that do not read; the others were waited for before
     )
     DrainingServer(uvicorn_config, application.state.context.engine, drain_timeout).run()
 
@@ -121,11 +127,18 @@ def default_threads(network: torch.nn.Module) -> int:
     return max(1, torch.get_num_threads() - is_small)
 
 
-def _lines(path: Path | None) -> list[str]:
+def _api_keys(given: str | None, path: Path | None) -> tuple[str, ...]:
+    """Raises ConfigurationError where keys are asked for and there is none: an empty file must not open the server."""
+    if given is None and path is None:
+        return ()
     try:
-        return path.read_text(encoding="utf-8").split() if path else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"api_key_file cannot be read: {error}.") from error
+    keys = (*(given or "").split(), *(line.strip() for line in lines if line.strip()))
+    if not keys:
+        raise ConfigurationError("api_keys and api_key_file hold no key; leave them out to serve everyone.")
+    return keys
 
 
 @app.command(context_settings=BY_ENVIRONMENT)

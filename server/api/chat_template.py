@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.tokenizer import Tokenizer
@@ -26,8 +30,11 @@ class ChatTemplate:
 
     def __init__(self, source: str = DEFAULT_TEMPLATE) -> None:
         self.source = source
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = _to_json  # jinja's own escapes what HTML would misread
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
@@ -55,14 +62,35 @@ class ChatTemplate:
         """
         mark = f"<{secrets.token_hex(16)}>"
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=True, bos_token=mark, eos_token=mark)
-        except TemplateError as error:
+            text = self._template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                bos_token=mark,
+                eos_token=mark,
+                tools=None,
+                documents=None,
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequestError(f"messages do not fit the model's chat template: {error}.") from error
         first, *rest = text.removeprefix(mark).split(mark)
         ids = tokenizer.encode_text(first)
         for part in rest:
             ids += tokenizer.encode_text(part)
         return ids
+
+
+class _Generation(Extension):
+    """{% generation %} marks what an assistant says, for training; it changes no text."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's name
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _refuse(message: str) -> NoReturn:

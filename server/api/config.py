@@ -34,5 +34,5 @@ class APIConfig:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ConfigurationError(f"request_timeout must be positive, not {self.request_timeout}.")
-        if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
-            raise ConfigurationError("api_keys must be of printable ASCII characters, without spaces around.")
+        if not all(key.isascii() and key.isprintable() and " " not in key and key for key in self.api_keys):
+            raise ConfigurationError("api_keys must be of printable ASCII characters without spaces.")

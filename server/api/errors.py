@@ -147,6 +147,6 @@ def add_error_handlers(app: FastAPI) -> None:
         surface = surface_of(request.url.path)
         return JSONResponse(_body(f"{error.detail}.", INVALID, surface), error.status_code, error.headers)
 
-    for kind in (*MEANINGS, Exception):
+    for kind in MEANINGS:
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -101,6 +102,8 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # uvicorn's, of clients that do not read when the server ends
+            logger.warning("A client was cut off that did not read its answer.")
         except Exception as error:
             response = error_response(error, surface_of(record.path))  # logs it
             if not has_started:

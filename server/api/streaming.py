@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from model.sampling import SamplingParams
 from server.api.context import Context
 from server.engine import Completion, RequestOutput, RequestStream
-from server.errors import ServerError
+from server.errors import InvalidRequestError, ServerError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -29,6 +29,8 @@ async def open_streams(
 ) -> list[RequestStream]:
     """Submit a request for each prompt, all or none. Raises and takes options as `AsyncEngine.submit`."""
     streams: list[RequestStream] = http_request.state.record.streams
+    if len(prompts) > context.engine.capacity:
+        raise InvalidRequestError(f"There must be at most {context.engine.capacity} prompts, not {len(prompts)}.")
     try:
         for prompt in prompts:
             stream = await context.engine.submit(prompt, params, timeout=context.config.request_timeout, **options)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from server.api.context import ContextOf
 from server.api.errors import TGI_RESPONSES
 from server.api.openai.protocol import Message, TokenId
-from server.api.openai.serving import check_model
+from server.api.openai.serving import as_template_input, check_model
 from server.api.validation import Body
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -24,28 +25,24 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 router = APIRouter(tags=["tokens"], responses=RESPONSES)
 
 
-class TokenizeInputs(Body):
-    """As text-generation-inference has it."""
+class TokenizeRequest(Body):
+    """`inputs` as text-generation-inference has it; `prompt`, or `messages` for the chat template, as vLLM has it.
 
-    inputs: str
-    add_special_tokens: bool | None = None
-
-
-class TokenizePrompt(Body):
-    """As vLLM has it. A prompt that is just the name of the end-of-text token is that token: lm-eval looks it up so."""
+    A prompt that is just the name of the end-of-text token is that token: lm-eval looks it up so.
+    """
 
     model: str | None = None
-    prompt: str
+    inputs: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
-
-class TokenizeMessages(Body):
-    """A chat, through the chat template, as vLLM has it."""
-
-    model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
-    return_token_strs: bool | None = None
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(value is not None for value in (self.inputs, self.prompt, self.messages)) != 1:
+            raise ValueError("the body must have exactly one of inputs, prompt and messages")
+        return self
 
 
 class PlacedToken(BaseModel):
@@ -82,29 +79,27 @@ class TokenizerInfo(BaseModel):
     chat_template: str
 
 
-@router.post("/tokenize")
-async def tokenize(
-    body: TokenizeInputs | TokenizePrompt | TokenizeMessages, context: ContextOf
-) -> list[PlacedToken] | Tokens:
+@router.post("/tokenize", response_model=list[PlacedToken] | Tokens)
+def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
     """The ids of a text: a list of tokens for `inputs`, an object of ids for `prompt` or `messages`."""
-    engine, tokenizer = context.engine, context.engine.engine.tokenizer
-    if isinstance(body, TokenizeInputs):
-        special = body.add_special_tokens is not False
-        return placed(await engine.encode(body.inputs, add_special_tokens=special), tokenizer)
+    # Not a coroutine, and its answer is made here: long texts must not hold up the streams of others.
+    tokenizer = context.engine.engine.tokenizer
     check_model(context, body.model)
-    if isinstance(body, TokenizeMessages):
-        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
-        ids = context.chat_template.token_ids(messages, tokenizer)
-    elif body.prompt == END_OF_TEXT:
-        ids = [tokenizer.end_of_text_id]
+    encode = tokenizer.encode if body.add_special_tokens is False else tokenizer.encode_text
+    if body.inputs is not None:
+        return JSONResponse(placed(encode(body.inputs), tokenizer))
+    if body.messages is not None:
+        ids = context.chat_template.token_ids(as_template_input(body.messages), tokenizer)
     else:
-        ids = await engine.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        assert body.prompt is not None
+        ids = [tokenizer.end_of_text_id] if body.prompt == END_OF_TEXT else encode(body.prompt)
     strings = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
-    return Tokens(tokens=ids, count=len(ids), max_model_len=engine.engine.max_model_len, token_strs=strings)
+    told = {"tokens": ids, "count": len(ids), "max_model_len": context.engine.engine.max_model_len}
+    return JSONResponse({**told, "token_strs": strings})
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, context: ContextOf) -> Text:
+def detokenize(body: DetokenizeRequest, context: ContextOf) -> Text:
     """The text of token ids. Bytes that are not UTF-8 become U+FFFD; the end-of-text token is no text."""
     check_model(context, body.model)
     return Text(prompt=context.engine.engine.tokenizer.decode(body.tokens))
@@ -119,9 +114,10 @@ def tokenizer_info(context: ContextOf) -> TokenizerInfo:
     )
 
 
-def placed(ids: list[int], tokenizer: Tokenizer) -> list[PlacedToken]:
-    """Tokens with their places; a token of a part of a character covers that character."""
-    tokens, n_started = [], 0
+def placed(ids: list[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Each as a PlacedToken: tokens with their places; a token of a part of a character covers that character."""
+    tokens: list[dict[str, Any]] = []
+    n_started = 0
     for token_id in ids:
         token_bytes = tokenizer.token_bytes[token_id]
         # Bytes 0b10xxxxxx go on with a character that an earlier byte has started.
@@ -129,5 +125,5 @@ def placed(ids: list[int], tokenizer: Tokenizer) -> list[PlacedToken]:
         goes_on = bool(token_bytes) and token_bytes[0] & 0xC0 == 0x80
         start, n_started = n_started - goes_on, n_started + starts
         text = tokenizer.token_text(token_id) if token_bytes else ""
-        tokens.append(PlacedToken(id=token_id, text=text, start=start, stop=n_started))
+        tokens.append({"id": token_id, "text": text, "start": start, "stop": n_started})
     return tokens

@@ -41,7 +41,10 @@ def validation_sentence(errors: Sequence[Any], body_prefix: int = 0) -> str:
 
 def invalid_field(errors: Sequence[Any], body_prefix: int = 0) -> str | None:
     """The field of the first of pydantic's errors; None if it is the body itself."""
-    return ".".join(str(part) for part in errors[0]["loc"][body_prefix:])[:200] or None
+    first = errors[0]
+    if first["type"] == "json_invalid":  # its place is a byte, not a field
+        return None
+    return ".".join(str(part) for part in first["loc"][body_prefix:])[:200] or None
 
 
 def _shown(value: object) -> str:

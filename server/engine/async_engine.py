@@ -44,6 +44,7 @@ class RequestStream:
         self.finish_reasons: list[FinishReason] = []
         self.num_generated_tokens = 0
         self.error: ServerError | None = None
+        self.is_counted = True  # among the engine's requests
         self._unread: list[RequestOutput] = []
         self._has_unread = asyncio.Event()
         self._n_to_read = request.params.n_generated
@@ -118,7 +119,7 @@ class AsyncEngine:
         self._grammars = GrammarCompiler(engine.tokenizer)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
-        self._n_requests = 0
+        self._n_requests = self._n_open = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = False
 
@@ -139,14 +140,19 @@ class AsyncEngine:
 
     @property
     def num_requests(self) -> int:
-        """Requests accepted and not yet let go."""
-        return self._n_requests
+        """Requests accepted and not yet let go by their readers."""
+        return self._n_open
+
+    @property
+    def capacity(self) -> int:
+        """Requests that can be accepted at a time."""
+        return self.engine.pool.n_slots + self.engine.config.max_queue_length
 
     async def drain(self, timeout: float) -> None:
         """Take no more requests; return when all have ended, or after `timeout` seconds."""
         self._draining = True
         deadline = time.monotonic() + timeout
-        while self._n_requests and time.monotonic() < deadline:
+        while self._n_open and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def stop(self) -> None:
@@ -174,9 +180,9 @@ class AsyncEngine:
         parameters. The stream must be closed, whatever happens.
         """
         self._check_ready()
-        config = self.engine.config
-        if self._n_requests >= self.engine.pool.n_slots + config.max_queue_length:
-            raise OverloadedError(f"The queue is full: {config.max_queue_length} requests are waiting already.")
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        if self._n_requests >= self.capacity:
+            raise OverloadedError(f"The queue is full: {self._n_requests} requests run or wait already.")
         self._n_requests += 1
         try:
             request = Request(
@@ -184,7 +190,7 @@ class AsyncEngine:
                 prompt_ids=await self.encode(prompt, add_special_tokens=add_special_tokens, truncate=truncate),
                 params=params,
                 priority=priority,
-                deadline=time.monotonic() + timeout if timeout is not None else float("inf"),
+                deadline=deadline,
                 cache_salt=cache_salt,
                 matcher=await self._compile(params.grammar) if params.grammar else None,
             )
@@ -193,6 +199,7 @@ class AsyncEngine:
         except BaseException:
             self._n_requests -= 1
             raise
+        self._n_open += 1
         stream = RequestStream(request, self._let_go)
         self._commands.put(lambda: self._add(request, stream))
         return stream
@@ -225,16 +232,25 @@ class AsyncEngine:
             raise _shutting_down()
 
     def _let_go(self, stream: RequestStream) -> None:
-        self._n_requests -= 1
+        self._n_open -= 1
+        self._uncount(stream)
         self._commands.put(lambda: self._abort(stream.request.request_id))
         if self._observer:
             self._observer.on_close(stream)
+
+    def _uncount(self, stream: RequestStream) -> None:
+        """A request that the engine has done makes room for another, also if its reader is slow."""
+        if stream.is_counted:
+            stream.is_counted = False
+            self._n_requests -= 1
 
     def _deliver(self, outputs: list[tuple[RequestStream, RequestOutput]], now: float) -> None:
         for stream, output in outputs:
             interval = stream.put(output, now)
             if self._observer and output.token is not None:
                 self._observer.on_token(stream, interval)
+            if stream.error is not None or not stream.num_unfinished:
+                self._uncount(stream)
 
     # The engine's thread
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from model.sampling import Grammar
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MAX_CACHED_GRAMMARS = 256
+# A tenth of llguidance's own: a mask that needs more would hold up everyone else's tokens.
+LIMITS = LLParserLimits(initial_lexer_fuel=100_000, step_lexer_fuel=20_000, step_max_items=5_000)
 # Spaces as Python's json writes them. Where any white space may stand, a small model fills a text with it.
 JSON_FORMAT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -55,8 +57,13 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise GenerationError(f"The grammar failed: {self._matcher.get_error()}")
+        if problem := self.problem:
+            raise GenerationError(f"The grammar failed: {problem}.")
+
+    @property
+    def problem(self) -> str | None:
+        """Why the grammar has failed, if it has. What follows the first line is llguidance's inside."""
+        return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
 
 
 class GrammarCompiler:
@@ -81,18 +88,24 @@ class GrammarCompiler:
         return matcher.copy()
 
     def _compile(self, grammar: Grammar) -> Matcher:
-        if grammar.kind == "regex":
-            source = LLMatcher.grammar_from_regex(grammar.source)
-        else:
-            try:
+        try:
+            if grammar.kind == "regex":
+                source = LLMatcher.grammar_from_regex(grammar.source)
+            else:
                 json.loads(grammar.source)
                 source = LLMatcher.grammar_from_json_schema(grammar.source, defaults=JSON_FORMAT)
-            except (ValueError, RecursionError) as error:
-                raise InvalidRequestError(f"grammar is not a JSON schema: {error}.") from error
+        except (ValueError, RecursionError) as error:
+            what = "regular expression" if grammar.kind == "regex" else "JSON schema"
+            raise InvalidRequestError(f"grammar is not a {what}: {error}.") from error
         problem = LLMatcher.validate_grammar(source, self._tokenizer)
         if problem and not problem.startswith("WARNING"):
             raise InvalidRequestError(f"grammar is not a valid {grammar.kind}: {problem.splitlines()[0]}.")
-        return Matcher(LLMatcher(self._tokenizer, source))
+        matcher = Matcher(LLMatcher(self._tokenizer, source, limits=LIMITS))
+        try:
+            matcher.allowed()  # the first mask costs most: here rather than in a step that others wait for
+        except GenerationError as error:
+            raise InvalidRequestError(f"grammar cannot be followed: {matcher.problem}.") from error
+        return matcher
 
 
 class _Vocabulary:

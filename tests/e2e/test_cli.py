@@ -28,6 +28,7 @@ def test_mistakes_are_a_sentence(tmp_path: Path, checkpoint: Path) -> None:
         (["--model", str(checkpoint), "--max-num-seqs", "0"], "max_num_seqs must be at least 1, not 0."),
         (["--model", str(checkpoint), "--max-model-len", "1"], "max_model_len must be at least 2, not 1."),
         (["--model", str(checkpoint), "--api-key-file", str(tmp_path / "none")], "api_key_file cannot be read"),
+        (["--model", str(checkpoint), "--api-key-file", os.devnull], "api_keys and api_key_file hold no key"),
     ):
         done = aft("serve", *arguments)
         assert done.returncode == 1
@@ -43,7 +44,7 @@ def test_help_lists_the_variable_of_every_option() -> None:
 
 
 def test_settings_come_from_flags_variables_and_files(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("one\ntwo\n")
+    (tmp_path / "keys").write_text("one\n\n two \n")
     variables = {"AFT_MODEL": str(checkpoint), "AFT_API_KEY_FILE": str(tmp_path / "keys"), "AFT_LOG_FORMAT": "json"}
     with Server("--max-model-len", "77", AFT_MAX_MODEL_LEN="66", AFT_SERVED_MODEL_NAME="tiny", **variables) as server:
         assert httpx2.get(f"{server.url}/info").status_code == 401

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from server.api.openai.protocol import ChatCompletionRequest, CompletionRequest
 from server.api.tgi.protocol import GenerateRequest, StreamRequest
-from server.api.tokenize import DetokenizeRequest, TokenizeInputs
+from server.api.tokenize import DetokenizeRequest, TokenizeRequest
 from server.bench import stream
 from tests.e2e.conftest import Server
 
@@ -126,7 +127,7 @@ def chance_has_left_it_good(path: str, content: bytes) -> bool:
         StreamRequest,
         CompletionRequest,
         ChatCompletionRequest,
-        TokenizeInputs,
+        TokenizeRequest,
         DetokenizeRequest,
     )
     try:
@@ -226,6 +227,42 @@ def test_a_reader_that_stands_still_loses_its_text_and_nobody_else(checkpoint: P
             while piece := standing.recv(2**16):
                 received += piece
             assert b"The client left 4096 tokens of its stream unread." in received[-400:]
+
+
+def test_a_reader_that_stands_still_does_not_keep_the_server_from_ending(checkpoint: Path) -> None:
+    """Nor, once its text is complete, does it take a place in the queue."""
+    body = {"prompt": "The fox and the bird. " * 1500, "echo": True, "logprobs": 20, "stream": True, "max_tokens": 2}
+    content = json.dumps(body).encode()
+    arguments = ["--model", str(checkpoint), "--max-num-seqs", "1", "--max-queue-length", "1", "--drain-timeout", "1"]
+    with Server(*arguments) as server:
+        address = urlsplit(server.url)
+        standing = [socket.create_connection((address.hostname, address.port)) for _ in range(2)]
+        for connection in standing:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        for _ in range(3):
+            answer = httpx2.post(f"{server.url}/generate", json=ROUTES["/generate"], timeout=30)
+            assert answer.status_code == 200, answer.text
+        started = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(timeout=20) == 0
+        assert time.monotonic() - started < 10
+        for connection in standing:
+            connection.close()
+
+
+def test_a_long_text_to_tokenize_does_not_hold_up_others(bundled_url: str) -> None:
+    with httpx2.Client(base_url=bundled_url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(httpx2.post, f"{bundled_url}/tokenize", json={"inputs": "x y " * 500_000}, timeout=60)
+        slowest = 0.0
+        while not long.done():
+            started = time.monotonic()
+            assert client.get("/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - started)
+        assert len(long.result().json()) > 1_000_000
+    assert slowest < 2.0  # on the event loop it would be as long as the whole, over ten seconds on two cores
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])

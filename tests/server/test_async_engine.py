@@ -100,7 +100,7 @@ def test_a_full_queue_refuses_before_any_work(tokenizer: Tokenizer) -> None:
         streams = [await engine.submit("the fox", ENDLESS) for _ in range(3)]
         with (
             mock.patch.object(tokenizer, "encode", side_effect=AssertionError("tokenised")),
-            pytest.raises(OverloadedError, match="2 requests are waiting"),
+            pytest.raises(OverloadedError, match="3 requests run or wait already"),
         ):
             await generate(engine)
         for stream in streams:

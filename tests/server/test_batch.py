@@ -19,6 +19,8 @@ LINES = [
     "[]",
     json.dumps({"id": "x", "inputs": "the fox", "stream": True}),
     json.dumps({"inputs": "a bird", "parameters": {"max_new_tokens": 4, "seed": 3, "temperature": 0.5}}),
+    json.dumps({"id": "y", "inputs": "the fox", "parameters": {"repetition_penalty": 1e31}}),
+    "[" * 100_000,
 ]
 
 
@@ -49,7 +51,7 @@ def target(checkpoint: Path, source: Path) -> Path:
 
 def test_every_line_is_answered(target: Path) -> None:
     answers = read(target)
-    assert set(answers) == {0, "mine", 3, 4, 5, "x", 7}
+    assert set(answers) == {0, "mine", 3, 4, 5, "x", 7, "y", 9}
     assert answers[0]["details"]["generated_tokens"] == 5
     assert answers[0]["details"]["seed"] is None
     assert answers["mine"]["generated_text"].startswith("a bird")
@@ -57,6 +59,8 @@ def test_every_line_is_answered(target: Path) -> None:
     assert answers[3]["error"].startswith("parameters.max_new_tokens: Input should be greater than or equal to 1")
     assert answers[4]["error"].startswith("The line is not JSON")
     assert answers[5]["error"].startswith("The body: Input should be a valid dictionary")
+    assert answers["y"]["error"].startswith("repetition_penalty must be above 0")
+    assert answers[9]["error"].startswith("The line is not JSON")
     assert answers["x"]["error"].startswith("stream and truncate have no meaning")
 
 

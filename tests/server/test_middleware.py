@@ -63,7 +63,7 @@ def test_keys_are_never_logged(checkpoint: Path, caplog: pytest.LogCaptureFixtur
 
 def test_a_key_with_a_space_is_a_mistake() -> None:
     with pytest.raises(ConfigurationError, match="api_keys"):
-        APIConfig(api_keys=("a key ",))
+        APIConfig(api_keys=("a key",))
 
 
 def test_bodies_are_limited(checkpoint: Path) -> None:

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from openai.types.chat import ChatCompletion
 
 from model import Tokenizer, load_checkpoint
 from server.api.openai.protocol import (
@@ -206,6 +207,12 @@ def test_structured_outputs(form: dict[str, Any], pattern: str, client: TestClie
     assert re.fullmatch(pattern, message["content"])
 
 
+def test_a_grammar_too_costly_to_follow_fails_in_a_sentence(client: TestClient) -> None:
+    response = post(client, prompt="a", structured_outputs={"regex": "(a{1000}){1000}"})
+    assert response.status_code == 424
+    assert response.json()["error"]["message"] == "The grammar failed: lexer error: too many expressions constructed."
+
+
 def test_a_json_object_may_be_any(client: TestClient) -> None:
     object_of = {"response_format": {"type": "json_object"}, "logit_bias": {}, "max_tokens": 40, "temperature": 1}
     assert complete(client, **object_of)["choices"][0]["text"].startswith("{")
@@ -271,6 +278,24 @@ def test_models_known_by_name(name: str | None, client: TestClient) -> None:
     assert complete(client, model=name, max_tokens=1)["model"] == "aft"
 
 
+def test_an_answer_can_be_sent_back_as_openai_dumps_it(client: TestClient) -> None:
+    answer = ChatCompletion.model_validate(chat(client)).choices[0].message.model_dump()
+    assert chat(client, messages=[*MESSAGES, answer, *MESSAGES])["choices"]
+
+
+def test_prompt_ids_in_streams(client: TestClient, tokenizer: Tokenizer) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 3, "stream": True, "return_token_ids": True}
+    first, *others = chunks(post(client, CHAT, **body), ChatCompletionChunk)
+    assert first["prompt_token_ids"] == tokenizer.encode_text("The fox")
+    assert not any("prompt_token_ids" in chunk for chunk in others)
+
+
+def test_what_is_not_json_has_no_field(client: TestClient) -> None:
+    response = client.post(COMPLETIONS, content=b'{"prompt"', headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] is None
+
+
 def test_models(client: TestClient) -> None:
     (card,) = client.get("/v1/models").json()["data"]
     assert card["id"] == card["root"] == "aft"
@@ -289,6 +314,8 @@ def test_models(client: TestClient) -> None:
         ({"prompt": []}, "prompt: prompt must be a text"),
         ({"prompt": ["a", 5]}, "prompt: prompt must be a text"),
         ({"prompt": [True]}, "prompt: prompt must be a text"),
+        ({"prompt": [-1]}, "prompt: prompt must be a text"),
+        ({"prompt": "a", "structured_outputs": {"regex": "\ud800"}}, "grammar is not a regular expression"),
         ({"prompt": [[]]}, "The prompt must have at least one token."),
         ({"prompt": [400]}, "The prompt must be of token ids from 0 to 399."),
         ({"prompt": ["a"] * 129}, "prompt must hold at most 128 texts, not 129."),

@@ -36,8 +36,8 @@ def test_inputs_give_tokens_with_their_places(client: TestClient, tokenizer: Tok
 def test_places_cover_the_text(text: str) -> None:
     tokenizer = _tokenizer()
     tokens = placed(tokenizer.encode(text), tokenizer)
-    assert {i for token in tokens for i in range(token.start, token.stop)} == set(range(len(text)))
-    assert all(token.start < token.stop for token in tokens)
+    assert {i for token in tokens for i in range(token["start"], token["stop"])} == set(range(len(text)))
+    assert all(token["start"] < token["stop"] for token in tokens)
 
 
 def _tokenizer(made: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006 - hypothesis cannot take session fixtures
@@ -66,16 +66,17 @@ def test_messages_go_through_the_template(client: TestClient, tokenizer: Tokeniz
 
 
 def test_refusals(client: TestClient) -> None:
-    for path, body in (
-        ("/tokenize", {}),
-        ("/tokenize", {"inputs": 5}),
-        ("/tokenize", {"prompt": "a", "other": 1}),
-        ("/detokenize", {"tokens": [400]}),
-        ("/detokenize", {"tokens": [-1]}),
+    for path, body, sentence in (
+        ("/tokenize", {}, "the body must have exactly one of inputs, prompt and messages."),
+        ("/tokenize", {"inputs": "a", "prompt": "a"}, "the body must have exactly one of inputs, prompt and messages."),
+        ("/tokenize", {"inputs": 5}, "inputs: Input should be a valid string, not 5."),
+        ("/tokenize", {"prompt": "a", "other": 1}, "other is not a known parameter."),
+        ("/detokenize", {"tokens": [400]}, "Token id 400 is not in 0 .. 399."),
+        ("/detokenize", {"tokens": [-1]}, "tokens.0: Input should be greater than or equal to 0, not -1."),
     ):
         response = client.post(path, json=body)
         assert response.status_code == 422
-        assert response.json()["error_type"] == "validation"
+        assert response.json() == {"error": sentence, "error_type": "validation"}
 
 
 def test_tokenizer_info(client: TestClient) -> None:
@@ -102,6 +103,16 @@ def test_templates_may_refuse_and_may_be_wrong(tokenizer: Tokenizer) -> None:
         ChatTemplate("{% for %}")
     with pytest.raises(InvalidRequestError, match="do not fit"):
         ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").token_ids([], tokenizer)
+
+
+def test_templates_have_what_hugging_faces_have(tokenizer: Tokenizer) -> None:
+    said = "{% generation %}{{ m.content | tojson }}{% endgeneration %}"
+    each = "{% for m in messages %}{% if m.role == 'user' %}{% break %}{% endif %}" + said + "{% endfor %}"
+    source = each + "{% if tools is not none %}tools{% endif %}{{ strftime_now('%Y') | length }}"
+    messages = [{"role": "assistant", "content": "a <b>"}, {"role": "user", "content": "c"}]
+    assert tokenizer.decode(ChatTemplate(source).token_ids(messages, tokenizer)) == '"a <b>"4'
+    with pytest.raises(InvalidRequestError, match="do not fit"):
+        ChatTemplate("{{ 1 / 0 }}").token_ids(messages, tokenizer)
 
 
 def test_a_template_comes_from_the_checkpoint_folder(tmp_path: Any) -> None:

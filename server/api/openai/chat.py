@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,15 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.context import Context
 from server.api.openai.protocol import ChatCompletionRequest
-from server.api.openai.serving import FINISH_REASONS, Call, error_event, open_call, sampling_params, token_name
+from server.api.openai.serving import (
+    FINISH_REASONS,
+    Call,
+    as_template_input,
+    error_event,
+    open_call,
+    sampling_params,
+    token_name,
+)
 from server.api.streaming import event_answer, sse, whole_answer
 from server.engine import Completion, TokenOutput
 
@@ -19,8 +28,8 @@ KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
 
 async def chat_completions(context: Context, http_request: Request, body: ChatCompletionRequest) -> Response:
-    messages = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in body.messages]
-    prompt = context.chat_template.token_ids(messages, context.engine.engine.tokenizer)
+    messages, tokenizer = as_template_input(body.messages), context.engine.engine.tokenizer
+    prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
     params = sampling_params(
         body,
         max_tokens=body.max_completion_tokens or body.max_tokens or _default_max_tokens(context, prompt),
@@ -81,11 +90,11 @@ async def _events(call: Call, body: ChatCompletionRequest) -> AsyncIterator[byte
 
 def _first_chunk(call: Call, index: int) -> bytes:
     fields = {"index": index, "logprobs": None, "finish_reason": None}
-    return _chunk(call, {"role": "assistant", "content": ""}, fields)
+    return _chunk(call, {"role": "assistant", "content": ""}, fields, **_prompt_token_ids(call))
 
 
-def _chunk(call: Call, delta: dict[str, Any], fields: dict[str, Any]) -> bytes:
-    return sse({**call.head(CHUNK_KIND), "choices": [{"delta": delta, **fields}], **call.chunk_usage()})
+def _chunk(call: Call, delta: dict[str, Any], fields: dict[str, Any], **others: Any) -> bytes:
+    return sse({**call.head(CHUNK_KIND), "choices": [{"delta": delta, **fields}], **call.chunk_usage(), **others})
 
 
 def _logprob(call: Call, token: TokenOutput) -> dict[str, Any]:

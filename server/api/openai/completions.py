@@ -122,7 +122,8 @@ class _ChoiceWriter:
         arrays: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, logprob, top in scored:
             name = token_name(self.tokenizer, token_id)
-            tops = {token_name(self.tokenizer, other): value for other, value in top}
+            # The likelier of two tokens of the same name is the one that is told.
+            tops = {token_name(self.tokenizer, other): value for other, value in reversed(top)}
             arrays["tokens"].append(name)
             arrays["token_logprobs"].append(logprob)
             arrays["top_logprobs"].append(None if logprob is None else {**tops, name: logprob})

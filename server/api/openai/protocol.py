@@ -30,7 +30,7 @@ def _to_prompts(value: Any) -> Any:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= INT32 for item in value)
 
 
 def _to_list(value: Any) -> Any:
@@ -105,6 +105,7 @@ Content = Annotated[
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="Without effect")
 
 
 class TextFormat(Body):
@@ -191,6 +192,7 @@ class GenerationRequest(Body):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -225,13 +227,16 @@ class CompletionRequest(GenerationRequest):
 
 
 class Message(Body):
-    """name, and the fields that a client copies from an earlier answer, have no effect."""
+    """name goes to the chat template. What a client copies from an earlier answer has no effect."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: str | None = None
     refusal: str | None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -243,6 +248,14 @@ class ChatCompletionRequest(GenerationRequest):
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Refused: this server calls none")
     tool_choice: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
+    parallel_tool_calls: bool | None = None
+    audio: None = None
+    functions: None = None
+    function_call: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

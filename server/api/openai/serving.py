@@ -14,11 +14,11 @@ from typing import Any
 
 from fastapi import Request
 
-from model.sampling import Grammar, SamplingParams
+from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
 from server.api.errors import error_body
-from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat
+from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat, Message
 from server.api.streaming import Prompt, open_streams, sse
 from server.engine import FinishReason, RequestStream
 from server.errors import InvalidRequestError, NotFoundError
@@ -112,6 +112,10 @@ async def open_call(
     return Call(body, context, streams, f"{prefix}-{http_request.state.record.request_id}")
 
 
+def as_template_input(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
+
+
 def check_model(context: Context, name: str | None) -> None:
     if name is not None and name not in PLACEHOLDER_NAMES and name != context.config.model_name:
         raise NotFoundError(f"There is no model {name[:100]!r} here, only {context.config.model_name!r}.")
@@ -124,7 +128,7 @@ def sampling_params(body: GenerationRequest, **others: Any) -> SamplingParams:
         "frequency_penalty": body.frequency_penalty,
         "presence_penalty": body.presence_penalty,
         "logit_bias": {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
-        "seed": secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        "seed": secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**64,
         "stop": tuple(body.stop) if body.stop else None,
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -176,9 +180,9 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
 class TextOffsets:
     """Where each token of a text starts, in characters."""
 
-    def __init__(self, start: int = 0) -> None:
+    def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._n_characters = start
+        self._n_characters = 0
 
     def next(self, token_bytes: bytes) -> int:
         is_within_character, _ = self._decoder.getstate()

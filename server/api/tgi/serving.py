@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from model.sampling import Grammar, SamplingParams
+from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
 from server.api.errors import error_body
@@ -43,7 +43,7 @@ def sampling_params(given: GenerateParameters) -> SamplingParams:
         typical_p=_or(given.typical_p, 1.0),
         repetition_penalty=_or(given.repetition_penalty, 1.0),
         frequency_penalty=_or(given.frequency_penalty, 0.0),
-        seed=_or(given.seed, secrets.randbits(64)),
+        seed=_or(given.seed, secrets.randbits(SEED_BITS)),
         stop=tuple(given.stop or ()),
         watermark=bool(given.watermark),
         logprobs=given.top_n_tokens or None,
