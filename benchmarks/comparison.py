@@ -14,6 +14,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,6 +162,63 @@ def decode(model: AFTForCausalLM, n_context: int, n_tokens: int = 32) -> dict[st
         _, after = model.step(token, after)
         seconds.append(time.perf_counter() - started)
     return {"tokens_per_second": 1 / sorted(seconds)[n_tokens // 2], "bytes": state.nbytes}
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option()] = FOLDER,
+    plots: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs"),
+) -> None:
+    """The tables in Markdown, and pictures of loss against tokens and of quality against bytes of state."""
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    decoding = json.loads((out / "decoding.json").read_text())
+    for corpus in sorted({result["corpus"] for result in results}):
+        print(f"\n{corpus}\n\n{table([r for r in results if r['corpus'] == corpus], decoding)}")
+        draw([r for r in results if r["corpus"] == corpus], decoding, plots / f"comparison-{corpus}.png")
+
+
+def table(results: list[dict[str, Any]], decoding: dict[str, Any]) -> str:
+    """One line a row of the comparison; figures of several seeds are listed."""
+    lines = [
+        "| | bits per character, by seed | training tokens/s | peak MiB | decoding tokens/s at 1k, 8k | state, bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        found = sorted((r for r in results if r["row"] == row), key=lambda r: r["seed"])
+        if found:
+            bits = ", ".join(f"{result['bits_per_character']:.4f}" for result in found)
+            short, long = decoding[row]["1024"], decoding[row]["8192"]
+            lines.append(
+                f"| {row} | {bits} | {found[0]['training_tokens_per_second']:,.0f} | {found[0]['peak_mib']:,.0f} "
+                f"| {short['tokens_per_second']:,.0f}, {long['tokens_per_second']:,.0f} "
+                f"| {short['bytes']:,.0f}, {long['bytes']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], decoding: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for result in results:
+        if result["seed"] == 0:
+            tokens, losses = zip(*result["losses"], strict=True)
+            left.plot(tokens, _running_mean(losses), label=result["row"], linewidth=1)
+            size = decoding[result["row"]]["8192"]["bytes"]
+            right.plot(size, result["bits_per_character"], "o")
+            right.annotate(result["row"], (size, result["bits_per_character"]), fontsize=8)
+    left.set(xlabel="tokens read", ylabel="training loss, nats per token")
+    left.legend(fontsize=7)
+    right.set(xscale="log", xlabel="bytes of state after 8,192 tokens", ylabel="bits per character, held out")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _running_mean(values: Sequence[float], n: int = 8) -> list[float]:
+    return [sum(values[max(0, i - n + 1) : i + 1]) / min(n, i + 1) for i in range(len(values))]
 
 
 if __name__ == "__main__":

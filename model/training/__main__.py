@@ -12,7 +12,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from model.checkpoint import TOKENIZER_FILE, save_checkpoint
+from model.checkpoint import TOKENIZER_FILE, load_checkpoint, save_checkpoint
 from model.config import AFTConfig, Variant
 from model.errors import ConfigError, ModelError
 from model.tokenizer import Tokenizer
@@ -30,6 +30,9 @@ def main(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],
     validation: Annotated[Path | None, typer.Option(help="Text file to report bits per character on.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder whose weights, shape and tokenizer the run starts from.")
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model to use instead of a new one.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
     variant: Annotated[Variant, typer.Option(help="Position bias.")] = "conv",
@@ -82,10 +85,13 @@ def main(
     )
     console = Console(quiet=process_rank() > 0)
     documents = [read_documents(source.path) for source in config.data]
-    words = prepare_tokenizer(out, tokenizer, config, documents, vocab_size, resume)
     torch.manual_seed(config.seed)
-    model = AFTForCausalLM(
-        AFTConfig(
+    if init:
+        model, words = load_checkpoint(init, target)
+        model.requires_grad_()
+    else:
+        words = prepare_tokenizer(out, tokenizer, config, documents, vocab_size, resume)
+        architecture = AFTConfig(
             variant=variant,
             vocab_size=words.vocab_size,
             d_model=d_model,
@@ -97,7 +103,7 @@ def main(
             d_ff=d_ff,
             position_embeddings=position_embeddings,
         )
-    ).to(target)
+        model = AFTForCausalLM(architecture).to(target)
     streams = [(encode_documents(d, words), s.repeats) for d, s in zip(documents, config.data, strict=True)]
     batches = PackedBatches(streams, batch_size=config.batch_size, context=config.context, seed=config.seed)
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {target}", highlight=False)

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import load_checkpoint
+from model.training.data import PackedBatches, encode_documents, read_documents
 from model.training.evaluate import bits_per_character
+from model.training.trainer import Loss
 from tests.conftest import STORIES
 
 SETTINGS = [
@@ -54,6 +57,22 @@ def test_text_in_checkpoint_out_and_on(text: Path, tmp_path: Path) -> None:
     again = run("--data", f"{text}:2", "--validation", str(text), "--out", str(out), *SETTINGS, "--resume")
     assert again.returncode == 0, again.stderr
     assert "step" not in again.stdout  # there was nothing left to do
+
+
+def test_a_run_may_start_from_a_checkpoint(text: Path, tmp_path: Path) -> None:
+    """Its first loss is that checkpoint's; shape and tokenizer are the checkpoint's too."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = ["--learning-rate", "0.02", *SETTINGS]
+    assert run("--data", str(text), "--out", str(first), *settings).returncode == 0
+    fresh = losses(first)[0]
+    short = ["--batch-size", "4", "--context", "16", "--steps", "1", "--warmup-steps", "0"]
+    assert run("--data", str(text), "--out", str(second), "--init", str(first), *short).returncode == 0
+    assert losses(second)[0] < fresh - 0.05
+    (start, words), (end, same_words) = load_checkpoint(first), load_checkpoint(second)
+    assert words.model_proto == same_words.model_proto
+    assert start.config == end.config
+    batch = PackedBatches([(encode_documents(read_documents(text), words), 1.0)], batch_size=4, context=16, seed=0)
+    assert losses(second)[0] == pytest.approx(float(Loss(start)(torch.from_numpy(batch.batch(0)).long())), rel=1e-5)
 
 
 def test_two_processes_give_the_losses_of_one(text: Path, tmp_path: Path) -> None:
