@@ -13,6 +13,10 @@ class InvalidRequestError(ServerError):
     """The request asks for something that does not exist or cannot work here."""
 
 
+class InvalidConversationError(InvalidRequestError):
+    """What was given as a conversation is damaged, foreign, or of a newer version."""
+
+
 class NotFoundError(ServerError):
     """There is no such model or page."""
 

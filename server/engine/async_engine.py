@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from model.sampling import Grammar, SamplingParams
+from server.engine.conversation import Conversation
 from server.engine.llm_engine import LLMEngine
 from server.engine.request import FinishReason, Request, RequestOutput
 from server.engine.structured_output import GrammarCompiler, Matcher
@@ -171,11 +172,14 @@ class AsyncEngine:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str = "",
+        start: Conversation | None = None,
+        keep_conversation: bool = False,
     ) -> RequestStream:
         """Queue a request.
 
         add_special_tokens: whether a text is preceded by the end-of-text token, as every text the model learned from
-        was; truncate: keep the last tokens of the prompt only; timeout in seconds. Raises OverloadedError before any
+        was; truncate: keep the last tokens of the prompt only; timeout in seconds; start, keep_conversation: as of
+        Request, whose prompt is the unread tokens of start and then `prompt`. Raises OverloadedError before any
         work is done if the queue is full, ShuttingDownError, InvalidRequestError, and ModelError for bad text or
         parameters. The stream must be closed, whatever happens.
         """
@@ -185,13 +189,16 @@ class AsyncEngine:
             raise OverloadedError(f"The queue is full: {self._n_requests} requests run or wait already.")
         self._n_requests += 1
         try:
+            prompt_ids = await self.encode(prompt, add_special_tokens=add_special_tokens, truncate=truncate)
             request = Request(
                 request_id=uuid.uuid4().hex,
-                prompt_ids=await self.encode(prompt, add_special_tokens=add_special_tokens, truncate=truncate),
+                prompt_ids=[*start.unread_ids, *prompt_ids] if start else prompt_ids,
                 params=params,
                 priority=priority,
                 deadline=deadline,
                 cache_salt=cache_salt,
+                start=start,
+                keep_conversation=keep_conversation,
                 matcher=await self._compile(params.grammar) if params.grammar else None,
             )
             self.engine.check_request(request)

@@ -6,6 +6,7 @@ import time
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from model.state import AFTState
 from model.tokenizer import Tokenizer
 from model.transformer import AFTForCausalLM
 from server.engine.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
+from server.engine.conversation import Conversation
 from server.engine.detokenizer import Detokenizer
-from server.engine.prefix_cache import PrefixCache, Snapshot
+from server.engine.prefix_cache import PrefixCache
 from server.engine.request import FinishReason, Request, RequestOutput, Sequence
 from server.engine.scheduler import Scheduler
+from server.engine.snapshot import Snapshot
 from server.engine.state_pool import StatePool
 from server.engine.token_processor import TokenProcessor, failure, prompt_logprobs
 from server.errors import ConfigurationError, InvalidRequestError, RequestTimeoutError, ServerError
@@ -73,20 +76,22 @@ class LLMEngine:
         """Raises InvalidRequestError or SamplingError if the request can never run. May be called from any thread."""
         params, vocab_size = request.params, self.model.config.vocab_size
         params.check_vocabulary(vocab_size)
-        if not request.prompt_ids:
+        can_be_empty = request.start is not None and request.start.snapshot.logits is not None
+        if not request.prompt_ids and not can_be_empty:
             raise InvalidRequestError("The prompt must have at least one token.")
-        if not _all_below(request, vocab_size):
+        if request.prompt_ids and not _all_below(request, vocab_size):
             raise InvalidRequestError(f"The prompt must be of token ids from 0 to {vocab_size - 1}.")
         if params.n_generated > self.scheduler.n_slots:
             raise InvalidRequestError(
                 f"n and best_of must be at most {self.scheduler.n_slots}, the texts that this server decodes at a "
                 f"time, not {params.n_generated}."
             )
-        total = request.num_prompt_tokens + params.max_tokens
+        n_given = request.num_earlier_tokens + request.num_prompt_tokens
+        total = n_given + params.max_tokens
         if total > self.max_model_len:
             raise InvalidRequestError(
-                f"A prompt of {request.num_prompt_tokens} tokens and {params.max_tokens} new ones make {total}, but "
-                f"at most {self.max_model_len} are allowed here."
+                f"A prompt of {n_given} tokens and {params.max_tokens} new ones make {total}, but at most "
+                f"{self.max_model_len} are allowed here."
             )
 
     def add_request(self, request: Request) -> None:
@@ -127,6 +132,10 @@ class LLMEngine:
         """Go on from the longest cached prefix. Log-probabilities of the prompt need all of it read."""
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs.append(None)
+        if request.start is not None:
+            self._read_so_far[request] = request.start.snapshot
+            return
+        if request.params.prompt_logprobs is not None:
             return
         multiple_of = self.config.chunk_size if self.config.batch_invariant else 1
         n_cached, snapshot = self.prefix_cache.match(request.prompt_array, request.cache_salt, multiple_of)
@@ -167,7 +176,9 @@ class LLMEngine:
         self.scheduler.finish_reading(request)
         if request.params.max_tokens == 0:
             self.scheduler.free_slots(n)
-            return [RequestOutput(request.request_id, i, finish_reason=FinishReason.LENGTH) for i in range(n)]
+            after = Conversation(prompt) if request.keep_conversation else None
+            length = FinishReason.LENGTH
+            return [RequestOutput(request.request_id, i, finish_reason=length, conversation=after) for i in range(n)]
         assert prompt.logits is not None
         first_row = self.num_running
         for sequence in sequences:
@@ -204,7 +215,7 @@ class LLMEngine:
             if output.error is not None:
                 failed[output.request_id] = output
             elif output.finish_reason is not None:
-                self._remember_text(sequence, first_row + i, logits[i])
+                outputs[i] = self._keep(output, sequence, first_row + i, logits[i])
                 self._release(first_row + i)
         for output in failed.values():
             self._remove(lambda request, failed=output.request_id: request.request_id == failed)  # type: ignore[misc]
@@ -239,17 +250,29 @@ class LLMEngine:
 
     # The prefix cache
 
+    def _caches(self, request: Request) -> bool:
+        """Keys are of all tokens from the first: those of a conversation are not known."""
+        return bool(self.config.prefix_cache_bytes) and request.start is None
+
     def _remember(self, request: Request, token_ids: Items[int], snapshot: Snapshot) -> None:
-        if self.config.prefix_cache_bytes:
+        if self._caches(request):
             self.prefix_cache.put(token_ids, snapshot, request.cache_salt)
 
-    def _remember_text(self, sequence: Sequence, row: int, logits: Tensor) -> None:
+    def _keep(self, output: RequestOutput, sequence: Sequence, row: int, logits: Tensor) -> RequestOutput:
         """At the end of a text: a next turn goes on from here. The last token was chosen, but not read."""
-        n_read = len(sequence.token_ids) - 1
+        request, (*read, last) = sequence.request, sequence.token_ids
         # A batch-invariant engine must not go on from a state that was decoded where another run would read a prompt.
-        if n_read and self.config.prefix_cache_bytes and not self.config.batch_invariant:
-            token_ids = sequence.request.prompt_array + array("i", sequence.token_ids[:n_read])
-            self._remember(sequence.request, token_ids, Snapshot(self.pool.snapshot(row), logits.clone()))
+        is_cached = bool(read) and self._caches(request) and not self.config.batch_invariant
+        if not (is_cached or request.keep_conversation):
+            return output
+        snapshot = Snapshot(self.pool.snapshot(row), logits.clone())
+        if is_cached:
+            self._remember(request, request.prompt_array + array("i", read), snapshot)
+        if not request.keep_conversation:
+            return output
+        # The end of a text is no part of a conversation that goes on.
+        unread = () if last == self.tokenizer.end_of_text_id else (last,)
+        return replace(output, conversation=Conversation(snapshot, unread))
 
 
 def longest_sequence(configured: int | None, context_limit: int | None) -> int:

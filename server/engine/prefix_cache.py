@@ -6,23 +6,8 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from torch import Tensor
-
-from model.state import AFTState
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state after a prefix, and the logits [V] of the token that follows, if they were computed."""
-
-    state: AFTState
-    logits: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.state.nbytes + (self.logits.nbytes if self.logits is not None else 0)
+from server.engine.snapshot import Snapshot
 
 
 class PrefixCache:

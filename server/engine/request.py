@@ -10,6 +10,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from model.sampling import Sampler, SamplingParams
+from server.engine.conversation import Conversation
 from server.engine.detokenizer import Detokenizer
 from server.engine.structured_output import Matcher
 from server.errors import ServerError
@@ -51,7 +52,8 @@ class PromptLogprob:
 class RequestOutput:
     """What one step adds to text `index` of a request: a token, its end, or (for the whole request) an error.
 
-    stop_reason: the stop string or the id of the stop token that ended the text.
+    stop_reason: the stop string or the id of the stop token that ended the text; conversation: what the text leaves
+    behind at its end, if the request asked for it.
     """
 
     request_id: str
@@ -59,6 +61,7 @@ class RequestOutput:
     token: TokenOutput | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    conversation: Conversation | None = None
     error: ServerError | None = None
 
 
@@ -81,6 +84,8 @@ class Request:
     priority     each step of it is worth as much as having waited PRIORITY_SECONDS longer; smaller goes first
     deadline     time.monotonic() at which the request fails, wherever it is
     cache_salt   requests share cached prefixes only with those of the same salt
+    start        the conversation that the prompt goes on from; prompt_ids begin with its unread tokens
+    keep_conversation  whether each text's end brings what it leaves behind
     matcher      compiled from params.grammar; each text goes on from a copy
     arrived_at, admitted_at  time.monotonic() at which it was made, and got its slots
 
@@ -93,6 +98,8 @@ class Request:
     priority: int = 0
     deadline: float = math.inf
     cache_salt: str = ""
+    start: Conversation | None = None
+    keep_conversation: bool = False
     matcher: Matcher | None = None
     arrived_at: float = field(default_factory=time.monotonic, init=False)
     admitted_at: float | None = field(default=None, init=False)
@@ -108,3 +115,8 @@ class Request:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def num_earlier_tokens(self) -> int:
+        """Tokens that the conversation had read before the prompt."""
+        return int(self.start.snapshot.state.position[0]) if self.start else 0

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.prefix_cache import PrefixCache, Snapshot
+from server.engine.prefix_cache import PrefixCache
+from server.engine.snapshot import Snapshot
 from tests.conftest import random_model, tiny_config
 
 STATE = random_model(tiny_config(n_layer=1)).init_state(1)

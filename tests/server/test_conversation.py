@@ -1,0 +1,183 @@
+"""Going on from what a text left behind, in memory and from a file."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from model import Tokenizer
+from model.config import Variant
+from model.generate import generate
+from model.sampling import SamplingParams
+from server.engine import EngineConfig, LLMEngine, Request
+from server.engine.conversation import Conversation
+from server.errors import InvalidConversationError, InvalidRequestError
+from tests.conftest import STORIES, VARIANTS, random_model, tiny_config
+
+WORDS = Tokenizer.train(STORIES * 3, vocab_size=400)
+MODELS = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
+N_CORRUPTED = 1000
+
+
+def make_engine(variant: Variant = "conv", **options: Any) -> LLMEngine:
+    return LLMEngine(MODELS[variant], WORDS, EngineConfig(**{"max_num_seqs": 4, "chunk_size": 4, **options}))
+
+
+def turn(
+    engine: LLMEngine, ids: list[int], start: Conversation | None = None, **params: Any
+) -> tuple[list[int], Conversation]:
+    """The ids of a text, and what it leaves behind."""
+    prompt_ids = [*start.unread_ids, *ids] if start else ids
+    given = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **params})
+    engine.add_request(Request("a", prompt_ids, given, start=start, keep_conversation=True))
+    text: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None, output.error
+            text += [output.token.token_id] if output.token else []
+            last = output
+    assert last.conversation is not None
+    return text, last.conversation
+
+
+@settings(max_examples=25)
+@given(
+    variant=st.sampled_from(VARIANTS),
+    turns=st.lists(st.tuples(st.lists(st.integers(2, 399), max_size=9), st.integers(0, 6)), min_size=1, max_size=6),
+)
+def test_turns_are_what_one_request_over_the_same_tokens_is(
+    variant: Variant, turns: list[tuple[list[int], int]]
+) -> None:
+    engine, seen, conversation = make_engine(variant), [1], None
+    for i, (ids, max_tokens) in enumerate(turns):
+        prompt = [1, *ids] if i == 0 else ids
+        seen += ids
+        text, conversation = turn(engine, prompt, conversation, max_tokens=max_tokens)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        assert text == list(generate(MODELS[variant], seen, params, 1))
+        seen += text
+        assert conversation.num_tokens == len(seen)
+        assert engine.scheduler.n_free_slots == engine.pool.n_slots
+        data = conversation.to_bytes(engine.fingerprint)
+        conversation = Conversation.from_bytes(data, engine.fingerprint, MODELS[variant].init_state(1), 400)
+
+
+def test_the_end_of_a_text_is_no_part_of_the_conversation() -> None:
+    engine = make_engine()
+    text, conversation = turn(engine, [1, 5, 6], max_tokens=9, ignore_eos=False, logit_bias={1: 100.0})
+    assert text == [1]
+    assert conversation.unread_ids == ()
+    assert conversation.num_tokens == 3
+
+
+def test_a_conversation_can_be_forked_and_stays_as_it_is() -> None:
+    engine = make_engine()
+    _, conversation = turn(engine, [1, 5, 6, 7, 8], max_tokens=3)
+    before = load(conversation.to_bytes(engine.fingerprint))
+    branches = [turn(engine, [i], conversation, max_tokens=5)[0] for i in (20, 30, 20)]
+    assert branches[0] == branches[2]
+    after = load(conversation.to_bytes(engine.fingerprint))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_cached_prefixes_and_conversations_do_not_meet() -> None:
+    """A turn's prompt is not the beginning of a text, and must not be found, or found again, as if it were."""
+    engine = make_engine()
+    turn(engine, [20, 21, 22], max_tokens=3)  # leaves [20, 21, 22] in the cache
+    _, conversation = turn(engine, [1, 5, 6], max_tokens=1)
+    ids = [20, 21, 22]
+    first, _ = turn(engine, ids, conversation, max_tokens=6)
+    fresh, fresh_conversation = turn(make_engine(prefix_cache_bytes=0), [1, 5, 6], max_tokens=1)
+    assert fresh == list(conversation.unread_ids)
+    again, _ = turn(make_engine(prefix_cache_bytes=0), ids, fresh_conversation, max_tokens=6)
+    assert first == again
+    alone, _ = turn(engine, [*conversation.unread_ids, *ids], max_tokens=6)
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    assert alone == list(generate(MODELS["conv"], [*conversation.unread_ids, *ids], params, 1))
+
+
+def test_limits_count_the_whole_conversation() -> None:
+    engine = make_engine(max_model_len=20)
+    _, conversation = turn(engine, [1, *range(5, 15)], max_tokens=4)
+    with pytest.raises(InvalidRequestError, match="A prompt of 17 tokens and 5 new ones make 22, but at most 20"):
+        turn(engine, [3, 4], conversation, max_tokens=5)
+    with pytest.raises(InvalidRequestError, match="at least one token"):
+        engine.add_request(Request("b", []))
+
+
+@pytest.fixture(scope="module")
+def kept() -> tuple[LLMEngine, bytes]:
+    engine = make_engine()
+    _, conversation = turn(engine, [1, 5, 6, 7, 8], max_tokens=3)
+    return engine, conversation.to_bytes(engine.fingerprint)
+
+
+def read(engine: LLMEngine, data: bytes) -> Conversation:
+    return Conversation.from_bytes(data, engine.fingerprint, engine.model.init_state(1), 400)
+
+
+def test_damaged_files_are_refused(kept: tuple[LLMEngine, bytes]) -> None:
+    """Bits flipped, ends cut off, bytes added or taken out: refused in a sentence, every one."""
+    engine, data = kept
+    chance = random.Random(0)
+    read(engine, data)
+    for i in range(N_CORRUPTED):
+        broken = bytearray(data)
+        match i % 4:
+            case 0:
+                for _ in range(chance.randrange(1, 4)):
+                    broken[chance.randrange(len(broken))] ^= 1 << chance.randrange(8)
+            case 1:
+                del broken[chance.randrange(len(broken)) :]
+            case 2:
+                broken[(at := chance.randrange(len(broken))) : at] = chance.randbytes(chance.randrange(1, 50))
+            case _:
+                del broken[(at := chance.randrange(len(broken) - 50)) : at + chance.randrange(1, 50)]
+        if bytes(broken) == data:
+            continue
+        with pytest.raises(InvalidConversationError, match=r"^[A-Z].*\.$"):
+            read(engine, bytes(broken))
+
+
+def test_foreign_and_newer_files_are_refused(kept: tuple[LLMEngine, bytes]) -> None:
+    engine, data = kept
+    with pytest.raises(InvalidConversationError, match="another model's"):
+        read(make_engine("simple"), data)
+    with pytest.raises(InvalidConversationError, match="not a conversation of this server"):
+        read(engine, save({"x": torch.zeros(3)}))
+    tensors = load(data)
+    header = {"format": "aft-conversation", "model": engine.fingerprint.hex()}
+    with pytest.raises(InvalidConversationError, match="version '2' of the format; this server reads 1"):
+        read(engine, save(tensors, {**header, "version": "2"}))
+    with pytest.raises(InvalidConversationError, match="checksum"):
+        read(engine, save(tensors, {**header, "version": "1", "checksum": "0" * 32}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits": torch.zeros(3)},
+        {"unread_ids": torch.tensor([400])},
+        {"unread_ids": torch.tensor([-1])},
+        {"position": torch.tensor([-5])},
+        {"layers.0.keys": torch.zeros(1, 2, 4)},
+        {"layers.0.sums": torch.full((1, 4, 5), float("nan"))},
+        {"extra": torch.zeros(1)},
+    ],
+)
+def test_files_made_badly_are_refused_whatever_their_checksum_says(
+    change: dict[str, torch.Tensor], kept: tuple[LLMEngine, bytes]
+) -> None:
+    from server.engine.conversation import _checksum
+
+    engine, data = kept
+    tensors = {**load(data), **change}
+    metadata = {"format": "aft-conversation", "version": "1", "model": engine.fingerprint.hex()}
+    with pytest.raises(InvalidConversationError, match="does not have the tensors of this model's state"):
+        read(engine, save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)}))
