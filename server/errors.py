@@ -29,6 +29,14 @@ class PayloadTooLargeError(ServerError):
     """The body has more bytes than this server reads."""
 
 
+class BusySessionError(ServerError):
+    """Another turn of the same session is under way."""
+
+
+class QuotaError(ServerError):
+    """The owner has as many sessions as are allowed."""
+
+
 class OverloadedError(ServerError):
     """The queue is full; the same request may succeed later."""
 

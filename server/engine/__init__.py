@@ -4,6 +4,7 @@ from model.sampling import Grammar, SamplingParams
 from server.engine.async_engine import AsyncEngine, RequestStream
 from server.engine.completion import Completion, best
 from server.engine.config import EngineConfig
+from server.engine.conversation import Conversation
 from server.engine.llm import LLM
 from server.engine.llm_engine import LLMEngine
 from server.engine.request import FinishReason, PromptLogprob, Request, RequestOutput, TokenOutput, TopLogprobs
@@ -12,6 +13,7 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "Completion",
+    "Conversation",
     "EngineConfig",
     "FinishReason",
     "Grammar",

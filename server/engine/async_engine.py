@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 from model.sampling import Grammar, SamplingParams
@@ -46,6 +46,8 @@ class RequestStream:
         self.num_generated_tokens = 0
         self.error: ServerError | None = None
         self.is_counted = True  # among the engine's requests
+        self.before_end: Callable[[Conversation], Awaitable[None]] | None = None  # a text's end is told after it
+        self.on_close: Callable[[], None] | None = None
         self._unread: list[RequestOutput] = []
         self._has_unread = asyncio.Event()
         self._n_to_read = request.params.n_generated
@@ -81,6 +83,8 @@ class RequestStream:
         if self._close:
             close, self._close = self._close, None
             close(self)
+            if self.on_close:
+                self.on_close()
 
     async def read(self) -> list[RequestOutput]:
         """The outputs that came since the last call, at least one; [] after the last. Raises what ended the request."""
@@ -94,6 +98,9 @@ class RequestStream:
         if self.error is None:
             self._has_unread.clear()
         self._n_to_read -= sum(output.finish_reason is not None for output in outputs)
+        for output in outputs:
+            if self.before_end and output.conversation is not None:
+                await self.before_end(output.conversation)
         return outputs
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:

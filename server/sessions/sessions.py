@@ -1,0 +1,148 @@
+"""Turns of sessions: what begins from a committed state either commits the next one, or leaves it as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from server.engine import Conversation, LLMEngine
+from server.errors import BusySessionError, ConfigurationError, NotFoundError, QuotaError
+from server.sessions.store import Session, SessionStore
+
+EMPTY = b""  # the conversation of a session without turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionsConfig:
+    """Raises ConfigurationError, naming the field, for values out of range.
+
+    session_ttl    seconds after its last use when a session is forgotten
+    max_sessions   of one API key, or of everyone together where there are no keys
+    """
+
+    session_ttl: float = 86_400.0
+    max_sessions: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not self.session_ttl > 0:
+            raise ConfigurationError(f"session_ttl must be positive, not {self.session_ttl}.")
+        if self.max_sessions < 1:
+            raise ConfigurationError(f"max_sessions must be at least 1, not {self.max_sessions}.")
+
+
+class Sessions:
+    """All methods but `close` are called on one event loop; the store works in threads. owner: who asks."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        engine: LLMEngine,
+        config: SessionsConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store, self.config, self._clock = store, config or SessionsConfig(), clock
+        self._fingerprint, self._vocab_size = engine.fingerprint, engine.model.config.vocab_size
+        self._empty = engine.model.init_state(1)
+        self._busy: set[str] = set()
+
+    async def create(self, owner: str) -> Session:
+        """A session without turns. Raises QuotaError if the owner has too many."""
+        return await self._add(owner, 0, 0, EMPTY)
+
+    async def fork(self, session_id: str, owner: str) -> Session:
+        """A new session with the conversation of another. Raises NotFoundError and QuotaError."""
+        session, data = await self._load(session_id, owner)
+        return await self._add(owner, session.turn, session.num_tokens, data)
+
+    async def get(self, session_id: str, owner: str) -> Session:
+        """Raises NotFoundError."""
+        return (await self._load(session_id, owner))[0]
+
+    async def list(self, owner: str) -> list[Session]:
+        return await asyncio.to_thread(self.store.list, owner, self._clock())
+
+    async def delete(self, session_id: str, owner: str) -> None:
+        """Raises NotFoundError."""
+        if not await asyncio.to_thread(self.store.delete, session_id, owner):
+            raise _unknown(session_id)
+
+    async def export(self, session_id: str, owner: str) -> bytes:
+        """The conversation as a file. Raises NotFoundError, also for a session without turns."""
+        _, data = await self._load(session_id, owner)
+        if data == EMPTY:
+            raise NotFoundError(f"Session {session_id} has no turn yet, and nothing to export.")
+        return data
+
+    async def import_(self, data: bytes, owner: str) -> Session:
+        """A new session from such a file. Raises InvalidConversationError and QuotaError."""
+        conversation = await asyncio.to_thread(self._parse, data)
+        return await self._add(owner, 1, conversation.num_tokens, data)
+
+    async def begin_turn(self, session_id: str, owner: str) -> Turn:
+        """Raises NotFoundError, and BusySessionError while another turn is under way."""
+        if session_id in self._busy:
+            raise BusySessionError(f"Session {session_id} has a turn under way.")
+        self._busy.add(session_id)
+        try:
+            session, data = await self._load(session_id, owner)
+            start = await asyncio.to_thread(self._parse, data) if data != EMPTY else None
+        except BaseException:
+            self._busy.discard(session_id)
+            raise
+        return Turn(self, session, start)
+
+    async def commit(self, session: Session, conversation: Conversation) -> None:
+        """Store the turn after `session`. Raises BusySessionError if another server has stored one meanwhile."""
+        now = self._clock()
+        following = replace(
+            session,
+            turn=session.turn + 1,
+            num_tokens=conversation.num_tokens,
+            used_at=now,
+            expires_at=now + self.config.session_ttl,
+        )
+        data = await asyncio.to_thread(conversation.to_bytes, self._fingerprint)
+        if not await asyncio.to_thread(self.store.commit, following, data):
+            raise BusySessionError(f"Session {session.session_id} was changed or deleted during this turn.")
+
+    def release(self, session_id: str) -> None:
+        self._busy.discard(session_id)
+
+    async def _add(self, owner: str, turn: int, num_tokens: int, data: bytes) -> Session:
+        now = self._clock()
+        await asyncio.to_thread(self.store.remove_expired, now)
+        session = Session(uuid.uuid4().hex, owner, turn, num_tokens, now, now, now + self.config.session_ttl)
+        if not await asyncio.to_thread(self.store.create, session, data, self.config.max_sessions):
+            raise QuotaError(f"There are {self.config.max_sessions} sessions already, as many as are allowed.")
+        return session
+
+    async def _load(self, session_id: str, owner: str) -> tuple[Session, bytes]:
+        found = await asyncio.to_thread(self.store.load, session_id, owner, self._clock())
+        if found is None:
+            raise _unknown(session_id)
+        return found
+
+    def _parse(self, data: bytes) -> Conversation:
+        return Conversation.from_bytes(data, self._fingerprint, self._empty, self._vocab_size)
+
+
+class Turn:
+    """One turn of a session: `start` to go on from, None in the first; then `commit`, or nothing; then `release`."""
+
+    def __init__(self, sessions: Sessions, session: Session, start: Conversation | None) -> None:
+        self._sessions, self.session, self.start = sessions, session, start
+
+    async def commit(self, conversation: Conversation) -> None:
+        await self._sessions.commit(self.session, conversation)
+
+    def release(self) -> None:
+        """May be called again."""
+        self._sessions.release(self.session.session_id)
+
+
+def _unknown(session_id: str) -> NotFoundError:
+    return NotFoundError(f"There is no session {session_id[:64]!r}.")

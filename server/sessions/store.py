@@ -1,0 +1,47 @@
+"""What a store of sessions does. A session is small and never grows, so it is stored whole at every turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Session:
+    """turn: turns committed so far; num_tokens: of the whole conversation; times in seconds since 1970."""
+
+    session_id: str
+    owner: str
+    turn: int
+    num_tokens: int
+    created_at: float
+    used_at: float
+    expires_at: float
+
+
+class SessionStore(Protocol):
+    """Called from several threads, and by several servers at a time. Each method happens whole or not at all.
+
+    A session is visible to its owner only, and not after its time.
+    """
+
+    def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
+        """Add a session unless its owner has as many as that; data is the conversation, b"" before the first turn."""
+
+    def load(self, session_id: str, owner: str, now: float) -> tuple[Session, bytes] | None:
+        """A session and its conversation."""
+
+    def commit(self, session: Session, data: bytes) -> bool:
+        """Replace turn `session.turn - 1` of a session; False, and nothing done, if that is no longer its last."""
+
+    def delete(self, session_id: str, owner: str) -> bool:
+        """Whether there was one."""
+
+    def list(self, owner: str, now: float) -> list[Session]:
+        """The sessions of an owner, last used first."""
+
+    def remove_expired(self, now: float) -> int:
+        """Forget sessions whose time is over; returns how many."""
+
+    def close(self) -> None:
+        """Let go of files and connections."""
