@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from server.api import operations, tokenize, ui
+from server.api import sessions as sessions_api
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.api.context import Context
@@ -22,18 +23,25 @@ from server.api.tgi import router as tgi
 from server.api.tracing import Tracer
 from server.engine import AsyncEngine, LLMEngine
 from server.metrics import Metrics
+from server.sessions import Sessions, SessionsConfig, SessionStore, SQLiteStore
 
 
 def create_app(
-    engine: LLMEngine, config: APIConfig | None = None, chat_template: ChatTemplate | None = None
+    engine: LLMEngine,
+    config: APIConfig | None = None,
+    chat_template: ChatTemplate | None = None,
+    store: SessionStore | None = None,
+    sessions_config: SessionsConfig | None = None,
 ) -> FastAPI:
     """An application that serves `engine`, whose thread runs for the application's lifetime.
 
-    The engine's front is at `app.state.context.engine`.
+    store: of sessions, closed at the end; without one they are in memory, and end with the application. The engine's
+    front is at `app.state.context.engine`.
     """
     config = config or APIConfig()
     metrics = Metrics(engine, config.model_name)
     async_engine = AsyncEngine(engine, metrics)
+    sessions = Sessions(store or SQLiteStore(":memory:"), engine, sessions_config)
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
@@ -41,6 +49,7 @@ def create_app(
         async_engine.start()
         yield
         async_engine.stop()
+        sessions.store.close()
         if tracer:
             tracer.close()
 
@@ -51,8 +60,10 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.context = Context(async_engine, config, metrics, chat_template or ChatTemplate(), int(time.time()))
-    for router in (tgi.router, openai.router, tokenize.router, operations.router, ui.router):
+    app.state.context = Context(
+        async_engine, config, metrics, chat_template or ChatTemplate(), sessions, int(time.time())
+    )
+    for router in (tgi.router, openai.router, sessions_api.router, tokenize.router, operations.router, ui.router):
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     add_error_handlers(app)

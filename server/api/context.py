@@ -11,6 +11,7 @@ from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.engine import AsyncEngine
 from server.metrics import Metrics
+from server.sessions import Sessions
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,19 @@ class Context:
     config: APIConfig
     metrics: Metrics
     chat_template: ChatTemplate
+    sessions: Sessions
     started_at: int  # seconds since 1970
 
 
 def _of(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
+
+
+def owner_of(request: Request) -> str:
+    """Whose sessions a request may see: one name for each API key, and one for everyone where there are no keys."""
+    owner: str = getattr(request.state, "owner", "")
+    return owner
 
 
 ContextOf = Annotated[Context, Depends(_of)]

@@ -15,11 +15,13 @@ from starlette.exceptions import HTTPException
 from model.errors import ModelError
 from server.api.validation import invalid_field, validation_sentence
 from server.errors import (
+    BusySessionError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
     PayloadTooLargeError,
+    QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
     SlowReaderError,
@@ -52,6 +54,8 @@ MEANINGS: dict[type[Exception], Meaning] = {
     UnauthorizedError: Meaning(401, "validation", "authentication_error", "invalid_api_key"),
     NotFoundError: Meaning(404, "validation", "invalid_request_error", "not_found"),
     PayloadTooLargeError: Meaning(413, "validation", "invalid_request_error", "payload_too_large"),
+    BusySessionError: Meaning(409, "validation", "invalid_request_error", "busy_session"),
+    QuotaError: Meaning(429, "overloaded", "rate_limit_error", "quota"),
     OverloadedError: Meaning(429, "overloaded", "rate_limit_error", "overloaded"),
     SlowReaderError: Meaning(408, "incomplete_generation", "timeout_error", "slow_reader"),
     GenerationError: Meaning(424, "generation", "generation_error"),
@@ -82,10 +86,10 @@ class OpenAIErrorResponse(BaseModel):
 
 
 TGI_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (401, 413, 422, 424, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (401, 404, 409, 413, 422, 424, 429, 500, 503, 504)
 }
 OPENAI_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIErrorResponse} for status in (400, 401, 404, 413, 424, 429, 500, 503, 504)
+    status: {"model": OpenAIErrorResponse} for status in (400, 401, 404, 409, 413, 424, 429, 500, 503, 504)
 }
 
 

@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from model.sampling import SamplingParams
-from server.api.context import Context
+from server.api.context import Context, owner_of
 from server.engine import Completion, RequestOutput, RequestStream
 from server.errors import InvalidRequestError, ServerError
 
@@ -25,9 +25,20 @@ Prompt = str | list[int]
 
 
 async def open_streams(
-    http_request: Request, context: Context, prompts: Sequence[Prompt], params: SamplingParams, **options: Any
+    http_request: Request,
+    context: Context,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    session_id: str | None = None,
+    **options: Any,
 ) -> list[RequestStream]:
-    """Submit a request for each prompt, all or none. Raises and takes options as `AsyncEngine.submit`."""
+    """Submit a request for each prompt, all or none. Raises and takes options as `AsyncEngine.submit`.
+
+    session_id: of the session whose next turn this is, as `Sessions.begin_turn`.
+    """
+    if session_id is not None:
+        return [await _open_turn(http_request, context, prompts, params, session_id, **options)]
     streams: list[RequestStream] = http_request.state.record.streams
     if len(prompts) > context.engine.capacity:
         raise InvalidRequestError(f"There must be at most {context.engine.capacity} prompts, not {len(prompts)}.")
@@ -39,6 +50,36 @@ async def open_streams(
         close(streams)
         raise
     return streams
+
+
+async def _open_turn(
+    http_request: Request,
+    context: Context,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    session_id: str,
+    **options: Any,
+) -> RequestStream:
+    """The turn is committed before its end is told, and its session is free again when the stream is closed."""
+    if len(prompts) != 1 or params.n_generated != 1:
+        raise InvalidRequestError("A turn of a session has one prompt and one text.")
+    turn = await context.sessions.begin_turn(session_id, owner_of(http_request))
+    try:
+        prompt = prompts[0]
+        if turn.start is not None:  # only the first turn follows the token that starts every text
+            options["add_special_tokens"] = False
+            start_id = context.engine.engine.tokenizer.end_of_text_id
+            prompt = prompt[1:] if isinstance(prompt, list) and prompt[:1] == [start_id] else prompt
+        timeout = context.config.request_timeout
+        stream = await context.engine.submit(
+            prompt, params, timeout=timeout, start=turn.start, keep_conversation=True, **options
+        )
+    except BaseException:
+        turn.release()
+        raise
+    stream.before_end, stream.on_close = turn.commit, turn.release
+    http_request.state.record.streams.append(stream)
+    return stream
 
 
 def close(streams: Sequence[RequestStream]) -> None:

@@ -17,7 +17,7 @@ from server.api.validation import Body
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     401: TGI_RESPONSES[401],
-    404: TGI_RESPONSES[401],
+    404: TGI_RESPONSES[404],
     413: TGI_RESPONSES[413],
     422: TGI_RESPONSES[422],
 }

@@ -10,6 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
 
+SessionName = Annotated[
+    Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None,
+    Field(description="The session that this continues; its next turn is what this generates"),
+]
+
 
 class Body(BaseModel):
     """A body of which every field is known, and has just the type it says."""

@@ -145,7 +145,7 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
     ("body", "sentence"),
     [
         ({}, "inputs: Field required"),
-        ({"inputs": ""}, "inputs: String should have at least 1 character"),
+        ({"inputs": ""}, "inputs must not be empty"),
         ({"inputs": 3}, "inputs: Input should be a valid string, not 3."),
         ({"inputs": "a", "input": "b"}, "input is not a known parameter."),
         ({"inputs": "a", "parameters": {"max_tokens": 3}}, "parameters.max_tokens is not a known parameter."),

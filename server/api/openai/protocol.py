@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, WithJsonSchema, model_validator
 
-from server.api.validation import Body, StopSequence
+from server.api.validation import Body, SessionName, StopSequence
 
 MAX_STOP_SEQUENCES = 16
 MAX_N = 128
@@ -187,6 +187,8 @@ class GenerationRequest(Body):
     )
     return_token_ids: bool | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
+
+    session_id: SessionName = None
 
     # Taken without effect
     user: str | None = None

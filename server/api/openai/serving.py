@@ -107,6 +107,7 @@ async def open_call(
         "truncate": body.truncate_prompt_tokens,
         "priority": body.priority or 0,
         "cache_salt": body.cache_salt or "",
+        "session_id": body.session_id,
     }
     streams = await open_streams(http_request, context, prompts, params, **options)
     return Call(body, context, streams, f"{prefix}-{http_request.state.record.request_id}")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
-from server.api.validation import Body, StopSequence, validation_sentence
+from server.api.validation import Body, SessionName, StopSequence, validation_sentence
 from server.engine import FinishReason
 from server.errors import InvalidRequestError
 
@@ -76,14 +76,17 @@ class GenerateParameters(Body):
 
 
 class GenerateRequest(Body):
-    inputs: Annotated[str, Field(min_length=1)]
+    inputs: str
     parameters: GenerateParameters | None = Field(
         None, description="Without this object tokens are sampled; with it, only if it asks for that"
     )
     stream: bool | None = None
+    session_id: SessionName = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
+        if not self.inputs and self.session_id is None:
+            raise ValueError("inputs must not be empty, but in a session that has turns")
         for name, most in (("best_of", 1), ("decoder_input_details", False)):
             if self.streams and (getattr(self.given, name) or most) > most:
                 raise ValueError(f"{name} is not possible in a stream")

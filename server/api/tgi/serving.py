@@ -82,7 +82,9 @@ async def stream(context: Context, http_request: Request, body: GenerateRequest)
 
 async def _open(context: Context, http_request: Request, body: GenerateRequest) -> list[RequestStream]:
     params = sampling_params(body.given)
-    return await open_streams(http_request, context, [body.inputs], params, truncate=body.given.truncate)
+    return await open_streams(
+        http_request, context, [body.inputs], params, session_id=body.session_id, truncate=body.given.truncate
+    )
 
 
 def whole(

@@ -1,0 +1,183 @@
+"""Sessions over HTTP, on both contracts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from model import Tokenizer, load_checkpoint
+from server.api.app import create_app
+from server.api.config import APIConfig
+from server.engine import LLMEngine
+from server.sessions import SessionsConfig, SQLiteStore
+
+PARAMETERS = {"max_new_tokens": 6, "details": True}
+
+
+@pytest.fixture
+def session(client: TestClient) -> Iterator[str]:
+    name = new(client)
+    yield name
+    client.delete(f"/sessions/{name}")
+
+
+def new(client: TestClient) -> str:
+    created = client.post("/sessions")
+    assert created.status_code == 201
+    name: str = created.json()["session_id"]
+    return name
+
+
+def turn(client: TestClient, session: str, inputs: str, path: str = "/generate", **body: Any) -> str:
+    """The text of a turn by any of the routes."""
+    if path == "/generate":
+        sent = {"inputs": inputs, "parameters": PARAMETERS, "session_id": session, **body}
+    elif path == "/v1/completions":
+        sent = {"prompt": inputs, "max_tokens": 6, "temperature": 0, "session_id": session, **body}
+    else:
+        messages = [{"role": "user", "content": inputs}]
+        sent = {"messages": messages, "max_tokens": 6, "temperature": 0, "session_id": session, **body}
+    response = client.post(path, json=sent)
+    assert response.status_code == 200, response.text
+    if body.get("stream"):
+        events = [json.loads(part.removeprefix("data:")) for part in response.text.split("\n\n") if "{" in part]
+        if path == "/generate":
+            return str(events[-1]["generated_text"])
+        return "".join(event["choices"][0]["text"] for event in events)
+    content = response.json()
+    if path == "/generate":
+        return str(content["generated_text"])
+    choice = content["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_a_conversation_is_one_long_request(
+    path: str, client: TestClient, session: str, tokenizer: Tokenizer, checkpoint: Path
+) -> None:
+    engine = client.app.state.context.engine.engine  # type: ignore[attr-defined]
+    ids = [tokenizer.end_of_text_id]
+    for i, said in enumerate(["The fox", " and the bird", " sat", ""][: 3 if "chat" in path else 4]):
+        text = turn(client, session, said, path)
+        ids += tokenizer.encode(said)
+        whole = client.post(
+            "/v1/completions", json={"prompt": ids, "max_tokens": 6, "temperature": 0, "return_token_ids": True}
+        ).json()["choices"][0]
+        assert text == whole["text"]
+        ids += [token_id for token_id in whole["token_ids"] if token_id != tokenizer.end_of_text_id]
+        card = client.get(f"/sessions/{session}").json()
+        assert (card["turns"], card["num_tokens"]) == (i + 1, len(ids))
+    assert engine.scheduler.n_free_slots == engine.pool.n_slots
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_streams_commit_before_they_end(path: str, client: TestClient, session: str) -> None:
+    other = new(client)
+    for said in ("The fox", " and"):
+        assert turn(client, session, said, path, stream=True) == turn(client, other, said)
+        assert client.get(f"/sessions/{session}").json()["num_tokens"] > 0
+
+
+def test_a_fork_goes_its_own_way(client: TestClient, session: str) -> None:
+    turn(client, session, "The fox")
+    forks = client.post(f"/sessions/{session}/fork", json={"n": 2}).json()["sessions"]
+    texts = [turn(client, fork["session_id"], " and") for fork in forks]
+    assert texts[0] == texts[1] == turn(client, session, " and")
+    assert client.get(f"/sessions/{forks[0]['session_id']}").json()["turns"] == 2
+
+
+def test_export_and_import(client: TestClient, session: str, checkpoint: Path) -> None:
+    turn(client, session, "The fox")
+    exported = client.get(f"/sessions/{session}/export")
+    assert exported.headers["content-type"] == "application/octet-stream"
+    model, words = load_checkpoint(checkpoint)
+    with TestClient(create_app(LLMEngine(model, words))) as elsewhere:
+        imported = elsewhere.post("/sessions/import", content=exported.content)
+        assert imported.status_code == 201
+        copy = imported.json()
+        assert copy["num_tokens"] == client.get(f"/sessions/{session}").json()["num_tokens"]
+        body = {"inputs": " and", "parameters": PARAMETERS}
+        here = client.post("/generate", json={**body, "session_id": session}).json()
+        there = elsewhere.post("/generate", json={**body, "session_id": copy["session_id"]}).json()
+        assert there == here  # log-probabilities included
+    damaged = client.post("/sessions/import", content=exported.content[:-3])
+    assert damaged.status_code == 422
+    assert damaged.json()["error"].startswith("The conversation is damaged")
+
+
+def test_refusals(client: TestClient, session: str) -> None:
+    body: dict[str, Any] = {"inputs": "The fox", "parameters": {"max_new_tokens": 2}}
+    unknown = client.post("/generate", json={**body, "session_id": "0" * 32})
+    assert unknown.status_code == 404
+    assert unknown.json()["error"] == f"There is no session '{'0' * 32}'."
+    completion = {"prompt": "a", "max_tokens": 2, "session_id": session}
+    assert client.post("/v1/completions", json={**completion, "session_id": "0" * 32}).status_code == 404
+    for wrong in ({"n": 2}, {"prompt": ["a", "b"]}):
+        several = client.post("/v1/completions", json={**completion, **wrong})
+        assert several.status_code == 400
+        assert several.json()["error"]["message"] == "A turn of a session has one prompt and one text."
+    empty = client.post("/generate", json={**body, "inputs": "", "session_id": new(client)})
+    assert empty.status_code == 200  # after the token that starts every text
+    assert client.get(f"/sessions/{session}/export").status_code == 404
+    assert client.get("/sessions/nonsense").status_code == 422
+    assert client.delete(f"/sessions/{session}").status_code == 204
+    assert client.delete(f"/sessions/{session}").status_code == 404
+
+
+def test_a_second_turn_at_a_time_gets_409(client: TestClient, session: str) -> None:
+    context = client.app.state.context  # type: ignore[attr-defined]
+    assert client.portal is not None
+    first = client.portal.call(context.sessions.begin_turn, session, "")
+    body = {"inputs": "The fox", "session_id": session}
+    second = client.post("/generate", json=body)
+    assert second.status_code == 409
+    assert second.json()["error"] == f"Session {session} has a turn under way."
+    assert client.post("/v1/completions", json={"prompt": "a", "session_id": session}).status_code == 409
+    first.release()
+    assert client.post("/generate", json=body).status_code == 200
+
+
+def test_a_refused_turn_leaves_the_session_free_and_as_it_was(client: TestClient, session: str) -> None:
+    turn(client, session, "The fox")
+    before = client.get(f"/sessions/{session}").json()
+    grammar = {"type": "regex", "value": "("}
+    bad = {"inputs": " and", "parameters": {"grammar": grammar}, "session_id": session}
+    assert client.post("/generate", json=bad).status_code == 422
+    costly = {"prompt": "a", "structured_outputs": {"regex": "(a{1000}){1000}"}, "session_id": session}
+    assert client.post("/v1/completions", json=costly).status_code == 424
+    assert client.get(f"/sessions/{session}").json() == before
+    turn(client, session, " and")
+
+
+def test_keys_have_their_own_sessions_and_quotas(checkpoint: Path, tmp_path: Path) -> None:
+    model, words = load_checkpoint(checkpoint)
+    store = SQLiteStore(tmp_path / "sessions.sqlite")
+    app = create_app(
+        LLMEngine(model, words), APIConfig(api_keys=("one", "two")), None, store, SessionsConfig(max_sessions=1)
+    )
+    with TestClient(app) as client:
+        one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+        name = client.post("/sessions", headers=one).json()["session_id"]
+        full = client.post("/sessions", headers=one)
+        assert full.status_code == 429
+        assert client.post("/sessions", headers=two).status_code == 201
+        assert client.get(f"/sessions/{name}", headers=two).status_code == 404
+        assert client.post("/generate", json={"inputs": "a", "session_id": name}, headers=two).status_code == 404
+        assert client.post("/generate", json={"inputs": "a", "session_id": name}, headers=one).status_code == 200
+        assert len(client.get("/sessions", headers=one).json()["sessions"]) == 1
+
+
+def test_sessions_survive_the_server(checkpoint: Path, tmp_path: Path) -> None:
+    texts, name = [], ""
+    for _ in range(2):
+        model, words = load_checkpoint(checkpoint)
+        store = SQLiteStore(tmp_path / "sessions.sqlite")
+        with TestClient(create_app(LLMEngine(model, words), store=store)) as client:
+            name = name or new(client)
+            texts.append(turn(client, name, "The fox"))
+            assert client.get(f"/sessions/{name}").json()["turns"] == len(texts)
