@@ -48,9 +48,12 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def build(row: str, vocab_size: int, max_positions: int = CONTEXT) -> AFTForCausalLM:
-    """The model of a row, its feed-forward layer so wide that it has as many parameters as the Transformer."""
+    """The model of a row, its feed-forward layer so wide that it has as many parameters as the Transformer.
 
-    def config(d_ff: int) -> AFTConfig:
+    That is at positions up to CONTEXT; with more, embeddings and biases of positions grow.
+    """
+
+    def config(d_ff: int, max_positions: int = CONTEXT) -> AFTConfig:
         fields = {"vocab_size": vocab_size, "d_model": D_MODEL, "n_layer": N_LAYER, "d_ff": d_ff, **ROWS[row]}
         return AFTConfig(max_positions=max_positions, position_embeddings=True, **fields)
 
@@ -61,7 +64,7 @@ def build(row: str, vocab_size: int, max_positions: int = CONTEXT) -> AFTForCaus
         wanted = size(with_baseline(config(4 * D_MODEL), "attention", N_HEAD))
         per_unit = size(model(config(2))) - size(model(config(1)))
         d_ff = 1 + round((wanted - size(model(config(1)))) / per_unit)
-    return model(config(d_ff))
+    return model(config(d_ff, max_positions))
 
 
 def size(model: AFTForCausalLM) -> int:
@@ -74,7 +77,7 @@ def train(
     train: Annotated[Path, typer.Option(help="Text to learn from.")],
     valid: Annotated[Path, typer.Option(help="Text to be scored on, in windows of the context.")],
     characters: Annotated[bool, typer.Option(help="A token for each character.")] = False,
-    steps: Annotated[int, typer.Option()] = 800,
+    steps: Annotated[int, typer.Option()] = 600,
     learning_rate: Annotated[float, typer.Option()] = 3e-3,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path, typer.Option()] = FOLDER,
