@@ -30,8 +30,8 @@ def main(
     print(f"{text.name}: {len(texts)} documents, {sum(map(len, texts)):,} characters")
     for folder in model or []:
         network, tokenizer = load_checkpoint(folder)
-        size = sum(parameter.numel() for parameter in network.parameters())
-        print(f"{folder.name}: {size:,} parameters, {bits_per_character(network, tokenizer, texts):.4f} bits/character")
+        bits = bits_per_character(network, tokenizer, texts)
+        print(f"{folder.name}: {network.num_parameters:,} parameters, {bits:.4f} bits/character")
     if peer:
         print(f"stories260K: {peer_bits_per_character(peer, texts):.4f} bits/character")
 

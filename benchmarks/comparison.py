@@ -14,7 +14,6 @@ import json
 import math
 import resource
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,7 @@ from model.tokenizer import Tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, TokenArray, encode_documents, read_documents
 from model.training.evaluate import total_nats
+from model.training.progress import smooth
 from model.training.trainer import Trainer
 from model.transformer import AFTForCausalLM
 
@@ -61,14 +61,10 @@ def build(row: str, vocab_size: int, max_positions: int = CONTEXT) -> AFTForCaus
         return with_baseline(of, BASELINES[row], N_HEAD) if row in BASELINES else AFTForCausalLM(of)
 
     with torch.device("meta"):
-        wanted = size(with_baseline(config(4 * D_MODEL), "attention", N_HEAD))
-        per_unit = size(model(config(2))) - size(model(config(1)))
-        d_ff = 1 + round((wanted - size(model(config(1)))) / per_unit)
+        wanted = with_baseline(config(4 * D_MODEL), "attention", N_HEAD).num_parameters
+        per_unit = model(config(2)).num_parameters - model(config(1)).num_parameters
+        d_ff = 1 + round((wanted - model(config(1)).num_parameters) / per_unit)
     return model(config(d_ff, max_positions))
-
-
-def size(model: AFTForCausalLM) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @app.command()
@@ -112,7 +108,7 @@ def train(
         "corpus": train.parent.name,
         "row": row,
         "seed": seed,
-        "parameters": size(model),
+        "parameters": model.num_parameters,
         "tokens": steps * BATCH * CONTEXT,
         "bits_per_character": windowed_bits_per_character(model.eval(), tokenizer, held_out),
         "training_tokens_per_second": speed,
@@ -209,7 +205,7 @@ def draw(results: list[dict[str, Any]], decoding: dict[str, Any], path: Path) ->
     for result in results:
         if result["seed"] == 0:
             tokens, losses = zip(*result["losses"], strict=True)
-            left.plot(tokens, _running_mean(losses), label=result["row"], linewidth=1)
+            left.plot(tokens, smooth(losses, weight=0.85), label=result["row"], linewidth=1)
             size = decoding[result["row"]]["8192"]["bytes"]
             right.plot(size, result["bits_per_character"], "o")
             right.annotate(result["row"], (size, result["bits_per_character"]), fontsize=8)
@@ -218,10 +214,6 @@ def draw(results: list[dict[str, Any]], decoding: dict[str, Any], path: Path) ->
     right.set(xscale="log", xlabel="bytes of state after 8,192 tokens", ylabel="bits per character, held out")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _running_mean(values: Sequence[float], n: int = 8) -> list[float]:
-    return [sum(values[max(0, i - n + 1) : i + 1]) / min(n, i + 1) for i in range(len(values))]
 
 
 if __name__ == "__main__":

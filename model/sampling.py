@@ -6,9 +6,11 @@ depend on what else is in the batch. Shapes: B sequences, R of them (rows), V vo
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +36,11 @@ class Grammar:
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "regex"):
             raise SamplingError(f"grammar kind must be json_schema or regex, not {self.kind!r}.")
+
+    @classmethod
+    def json_schema(cls, schema: str | Mapping[str, Any]) -> Self:
+        """From a schema, or its text."""
+        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
 
 
 @dataclass(frozen=True, kw_only=True)

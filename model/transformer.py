@@ -34,6 +34,10 @@ class AFTForCausalLM(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def init_state(self, batch_size: int) -> AFTState:
         """The state before the first token."""
         position = torch.zeros(batch_size, dtype=torch.long, device=self.device)

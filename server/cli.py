@@ -13,6 +13,7 @@ import uvicorn
 from model.checkpoint import load_checkpoint
 from model.errors import ModelError
 from model.training.__main__ import main as train
+from model.transformer import AFTForCausalLM
 from server import BUNDLED_MODEL
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
@@ -133,10 +134,9 @@ def serve(
     DrainingServer(uvicorn_config, application.state.context.engine, drain_timeout).run()
 
 
-def default_threads(network: torch.nn.Module) -> int:
+def default_threads(network: AFTForCausalLM) -> int:
     """Beside a small model, HTTP takes most of a core, and a step that wants that one too waits for it."""
-    is_small = sum(parameter.numel() for parameter in network.parameters()) < SMALL_MODEL
-    return max(1, torch.get_num_threads() - is_small)
+    return max(1, torch.get_num_threads() - (network.num_parameters < SMALL_MODEL))
 
 
 def _api_keys(given: str | None, path: Path | None) -> tuple[str, ...]:

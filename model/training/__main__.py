@@ -106,7 +106,7 @@ def main(
         model = AFTForCausalLM(architecture).to(target)
     streams = [(encode_documents(d, words), s.repeats) for d, s in zip(documents, config.data, strict=True)]
     batches = PackedBatches(streams, batch_size=config.batch_size, context=config.context, seed=config.seed)
-    console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {target}", highlight=False)
+    console.print(f"{model.num_parameters:,} parameters on {target}", highlight=False)
     for source, (tokens, repeats) in zip(config.data, streams, strict=True):
         console.print(f"{source.path}: {len(tokens):,} tokens, {repeats:g} times a pass", highlight=False)
 

@@ -67,7 +67,7 @@ def plot_history(path: Path, history: Sequence[Record]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     tokens = [record.tokens for record in history]
     axes.plot(tokens, [record.loss for record in history], color="tab:blue", alpha=0.25, linewidth=0.6)
-    axes.plot(tokens, _smooth([record.loss for record in history]), color="tab:blue", label="training loss")
+    axes.plot(tokens, smooth([record.loss for record in history]), color="tab:blue", label="training loss")
     axes.set(xlabel="tokens read", ylabel="training loss, nats per token", ylim=(0, None))
     validated = [(record.tokens, record.validation) for record in history if record.validation is not None]
     if validated:
@@ -80,7 +80,7 @@ def plot_history(path: Path, history: Sequence[Record]) -> None:
     pyplot.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.98) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.98) -> list[float]:
     """Exponential moving average, corrected for its start."""
     smoothed, total, norm = [], 0.0, 0.0
     for value in values:

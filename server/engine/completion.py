@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Self
 
 from server.engine.request import FinishReason, RequestOutput, TokenOutput
 
@@ -16,6 +17,13 @@ class Completion:
     tokens: list[TokenOutput] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> Self:
+        """What one output adds to its text."""
+        completion = cls(output.index)
+        completion.add(output)
+        return completion
 
     def add(self, output: RequestOutput) -> None:
         if output.token is not None:

@@ -51,9 +51,8 @@ class LLMEngine:
         empty = model.init_state(1)
         n_slots = min(self.config.max_num_seqs, StatePool.slots_within(empty, self.config.state_memory))
         self.pool = StatePool(empty, n_slots)
-        cache_bytes = self.config.prefix_cache_bytes
         self.fingerprint = fingerprint(model)
-        self.prefix_cache = PrefixCache(cache_bytes, self.fingerprint)
+        self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes, self.fingerprint)
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(
             n_slots=n_slots,
@@ -134,8 +133,7 @@ class LLMEngine:
             request.prompt_logprobs.append(None)
         if request.start is not None:
             self._read_so_far[request] = request.start.snapshot
-            return
-        if request.params.prompt_logprobs is not None:
+        if request.start is not None or request.params.prompt_logprobs is not None:
             return
         multiple_of = self.config.chunk_size if self.config.batch_invariant else 1
         n_cached, snapshot = self.prefix_cache.match(request.prompt_array, request.cache_salt, multiple_of)

@@ -8,6 +8,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Literal
 
 from model.sampling import Sampler, SamplingParams
 from server.engine.conversation import Conversation
@@ -20,6 +21,11 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     END_OF_TEXT = "eos_token"
     STOP_SEQUENCE = "stop_sequence"
+
+    @property
+    def openai_name(self) -> Literal["length", "stop"]:
+        """What OpenAI's contract and vLLM's metrics call it."""
+        return "length" if self is FinishReason.LENGTH else "stop"
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # token id and log-probability, most likely first

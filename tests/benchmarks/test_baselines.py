@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.baselines import LinearAttention, MultiHeadAttention, with_baseline
-from benchmarks.comparison import ROWS, build, size
+from benchmarks.comparison import ROWS, build
 from tests.conftest import tiny_config
 
 X = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
@@ -17,7 +17,7 @@ START = torch.zeros(2, dtype=torch.long)
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_have_as_many_parameters_and_one_function(row: str) -> None:
     model = build(row, vocab_size=300).eval().requires_grad_(False)
-    assert abs(size(model) / size(build("attention", vocab_size=300)) - 1) < 0.01
+    assert abs(model.num_parameters / build("attention", vocab_size=300).num_parameters - 1) < 0.01
     ids = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
     whole, _ = model(ids)
     parts = [model(ids[:, :11])]

@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse, Response
 from server.api.context import Context
 from server.api.openai.protocol import ChatCompletionRequest
 from server.api.openai.serving import (
-    FINISH_REASONS,
     Call,
     as_template_input,
     error_event,
@@ -61,7 +60,7 @@ def _fields(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[s
     fields = {
         "index": text.index,
         "logprobs": {"content": [_logprob(call, token) for token in text.tokens]} if body.logprobs else None,
-        "finish_reason": FINISH_REASONS[ended] if ended else None,
+        "finish_reason": ended.openai_name if ended else None,
         "stop_reason": text.stop_reason,
     }
     return fields | ({"token_ids": text.token_ids} if body.return_token_ids else {})
@@ -73,13 +72,11 @@ def _prompt_token_ids(call: Call) -> dict[str, Any]:
 
 async def _events(call: Call, body: ChatCompletionRequest) -> AsyncIterator[bytes]:
     """A chunk with the role for each choice, then their texts; those that came together are sent together."""
-    events = [
-        _first_chunk(call, i) for i in range(call.n)
-    ]  # sent with the first text: until then, errors have a status
+    # The first chunks are sent with the first text: until then, errors have a status.
+    events = [_first_chunk(call, i) for i in range(call.n)]
     while outputs := await call.streams[0].read():
         for output in outputs:
-            text = Completion(output.index)
-            text.add(output)
+            text = Completion.of(output)
             fields = _fields(call, body, text)
             if text.text or fields["finish_reason"] or body.logprobs or body.return_token_ids:
                 events.append(_chunk(call, {"content": text.text}, fields))

@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 from server.api.context import Context
 from server.api.openai.protocol import CompletionRequest
 from server.api.openai.serving import (
-    FINISH_REASONS,
     Call,
     TextOffsets,
     error_event,
@@ -45,7 +44,7 @@ async def completions(context: Context, http_request: Request, body: CompletionR
 
     def respond(texts: list[list[Completion]]) -> Response:
         choices = [
-            _choice(call, body, prompt, i, text)
+            _ChoiceWriter(call, body, prompt, i).write(text)
             for prompt, several in enumerate(texts)
             for i, text in enumerate(best(several, call.n))
         ]
@@ -54,25 +53,13 @@ async def completions(context: Context, http_request: Request, body: CompletionR
     return await whole_answer(http_request, call.streams, respond)
 
 
-def _choice(call: Call, body: CompletionRequest, prompt: int, i: int, text: Completion) -> dict[str, Any]:
-    writer = _ChoiceWriter(call, body, prompt, i)
-    assert text.finish_reason is not None
-    choice = writer.choice(text.text, writer.start(), writer.scored(text))
-    return choice | writer.end(text) | ({"token_ids": text.token_ids} if body.return_token_ids else {})
-
-
 async def _events(call: Call, body: CompletionRequest) -> AsyncIterator[bytes]:
     """Chunks that have something to say; those that came together are sent together."""
     writers = [[_ChoiceWriter(call, body, prompt, i) for i in range(call.n)] for prompt in range(len(call.streams))]
     async for prompt, outputs in read_all(call.streams):
         events = []
         for output in outputs:
-            text = Completion(output.index)
-            text.add(output)
-            writer = writers[prompt][output.index]
-            choice = writer.choice(text.text, writer.start(), writer.scored(text)) | writer.end(text)
-            if body.return_token_ids:
-                choice["token_ids"] = text.token_ids
+            choice = writers[prompt][output.index].write(Completion.of(output))
             if choice["text"] or choice["finish_reason"] or choice["logprobs"] or body.return_token_ids:
                 events.append(sse({**call.head(KIND), "choices": [choice], **call.chunk_usage()}))
         yield b"".join(events)
@@ -88,34 +75,35 @@ class _ChoiceWriter:
         self._offsets = TextOffsets()
         self._has_started = False
 
-    def start(self) -> tuple[str, Sequence[ScoredToken], dict[str, Any]]:
+    def write(self, text: Completion) -> dict[str, Any]:
+        """The next piece, which may be all of the text."""
+        before, scored, fields = self._start()
+        scored += [(token.token_id, token.logprob, token.top_logprobs or ()) for token in text.tokens]
+        if self.body.return_token_ids:
+            fields["token_ids"] = text.token_ids
+        return {
+            "index": self.index,
+            "text": before + text.text,
+            "logprobs": None if self.body.logprobs is None else self._logprobs(scored),
+            "finish_reason": text.finish_reason.openai_name if text.finish_reason else None,
+            "stop_reason": text.stop_reason,
+            **fields,
+        }
+
+    def _start(self) -> tuple[str, list[ScoredToken], dict[str, Any]]:
         """What comes before the generated text: text, tokens, fields. Nothing after the first call."""
         if self._has_started:
-            return "", (), {}
+            return "", [], {}
         self._has_started = True
         ids = self.request.prompt_ids
-        fields = {"prompt_token_ids": ids} if self.body.return_token_ids else {}
+        fields: dict[str, Any] = {"prompt_token_ids": ids} if self.body.return_token_ids else {}
         if not self.body.echo:
-            return "", (), fields
-        scored = [
+            return "", [], fields
+        scored: list[ScoredToken] = [
             (token_id, known.logprob if known else None, known.top_logprobs if known else ())
             for token_id, known in zip(ids, self.request.prompt_logprobs or [None] * len(ids), strict=True)
         ]
         return self.tokenizer.decode(ids), scored, fields
-
-    def scored(self, text: Completion) -> Sequence[ScoredToken]:
-        return [(token.token_id, token.logprob, token.top_logprobs or ()) for token in text.tokens]
-
-    def choice(
-        self, text: str, start: tuple[str, Sequence[ScoredToken], dict[str, Any]], scored: Sequence[ScoredToken]
-    ) -> dict[str, Any]:
-        prompt_text, prompt_scored, fields = start
-        logprobs = None if self.body.logprobs is None else self._logprobs([*prompt_scored, *scored])
-        return {"index": self.index, "text": prompt_text + text, "logprobs": logprobs, **fields}
-
-    def end(self, text: Completion) -> dict[str, Any]:
-        ended = text.finish_reason
-        return {"finish_reason": FINISH_REASONS[ended] if ended else None, "stop_reason": text.stop_reason}
 
     def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         """OpenAI's arrays, one entry for each token; the chosen token is among the most likely ones or besides them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import secrets
 import time
@@ -20,18 +19,13 @@ from server.api.context import Context
 from server.api.errors import error_body
 from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat, Message
 from server.api.streaming import Prompt, open_streams, sse
-from server.engine import FinishReason, RequestStream
+from server.engine import RequestStream
 from server.errors import InvalidRequestError, NotFoundError
 
 # huggingface_hub and text-generation send these whatever the model is called.
 PLACEHOLDER_NAMES = frozenset({"", "dummy", "tgi"})
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 DONE = b"data: [DONE]\n\n"
-FINISH_REASONS = {
-    FinishReason.LENGTH: "length",
-    FinishReason.END_OF_TEXT: "stop",
-    FinishReason.STOP_SEQUENCE: "stop",
-}
 
 
 @dataclass
@@ -156,12 +150,10 @@ def _grammar(body: GenerationRequest) -> Grammar | None:
         if outputs.choice is not None:
             return Grammar("regex", "|".join(re.escape(text) for text in outputs.choice))
         if outputs.json_ is not None:
-            return Grammar(
-                "json_schema", outputs.json_ if isinstance(outputs.json_, str) else json.dumps(outputs.json_)
-            )
+            return Grammar.json_schema(outputs.json_)
         return ANY_OBJECT
     if isinstance(response_format, JSONSchemaFormat):
-        return Grammar("json_schema", json.dumps(response_format.json_schema.schema_ or {}))
+        return Grammar.json_schema(response_format.json_schema.schema_ or {})
     return ANY_OBJECT if isinstance(response_format, JSONObjectFormat) else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
@@ -60,7 +59,7 @@ def _grammar(given: GrammarParameter) -> Grammar:
     if given.type == "regex":
         assert isinstance(given.value, str)
         return Grammar("regex", given.value)
-    return Grammar("json_schema", given.value if isinstance(given.value, str) else json.dumps(given.value))
+    return Grammar.json_schema(given.value)
 
 
 async def answer(context: Context, http_request: Request, body: GenerateRequest, *, as_list: bool = False) -> Response:
