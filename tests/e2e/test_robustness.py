@@ -139,13 +139,14 @@ def chance_has_left_it_good(path: str, content: bytes) -> bool:
     return True
 
 
-def test_schemathesis_finds_nothing_undeclared(checkpoint: Path) -> None:
+def test_schemathesis_finds_nothing_undeclared(checkpoint: Path, tmp_path: Path) -> None:
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     options = ["--model", str(checkpoint), "--max-model-len", "64", "--max-num-seqs", "128"]
     with Server(*options) as server:
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--checks", checks]
         command += ["--max-examples", "25", "--seed", "1", "--generation-database", "none", "--no-color"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        # It leaves files where it is run.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-6000:]
         paths = httpx2.get(f"{server.url}/openapi.json").json()["paths"]
         assert f"Tested: {sum(map(len, paths.values()))}\n" in done.stdout
