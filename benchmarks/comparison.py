@@ -14,6 +14,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,9 +63,14 @@ def build(row: str, vocab_size: int, max_positions: int = CONTEXT) -> AFTForCaus
 
     with torch.device("meta"):
         wanted = with_baseline(config(4 * D_MODEL), "attention", N_HEAD).num_parameters
-        per_unit = model(config(2)).num_parameters - model(config(1)).num_parameters
-        d_ff = 1 + round((wanted - model(config(1)).num_parameters) / per_unit)
-    return model(config(d_ff, max_positions))
+    return model(config(feed_forward_width(lambda d_ff: model(config(d_ff)), wanted), max_positions))
+
+
+def feed_forward_width(model: Callable[[int], AFTForCausalLM], n_parameters: int) -> int:
+    """The d_ff with which `model(d_ff)` has `n_parameters`, or as near as it gets."""
+    with torch.device("meta"):
+        one, two = model(1).num_parameters, model(2).num_parameters
+    return 1 + round((n_parameters - one) / (two - one))
 
 
 @app.command()
