@@ -2,9 +2,8 @@
 
     python -m benchmarks.transformer DATA --out runs/transformer
 
-DATA is the folder of tinystories_mini, storybooks_ccby and children_classics. The seven heads of 32 features and learned
-position embeddings are a usual Transformer's; both models are scored on windows of the context, each read alone, since
-the Transformer knows no position beyond it. Goes on where it was stopped.
+DATA is the folder of tinystories_mini, storybooks_ccby and children_classics. Both models are scored on windows of the
+context, each read alone, since the Transformer knows no position beyond it. Goes on where it was stopped.
 """
 
 from __future__ import annotations
