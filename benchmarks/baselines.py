@@ -19,7 +19,7 @@ from model.transformer import AFTForCausalLM
 Baseline = Literal["attention", "linear"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeyValueCache:
     """keys, values [B, H, S, D]: grows with every token."""
 
@@ -30,7 +30,7 @@ class KeyValueCache:
         return self.keys, self.values
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinearState:
     """sums [B, H, D, D] of outer products of keys and values, keys [B, H, D] their sum."""
 
@@ -59,9 +59,10 @@ class MultiHeadAttention(nn.Module):
         y = F.scaled_dot_product_attention(query, keys, values, mask if n_before else None, is_causal=not n_before)
         return self.out(y.transpose(1, 2).flatten(2)), KeyValueCache(keys, values)
 
-    def step(self, x: Tensor, position: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
-        y, state = self(x.unsqueeze(1), position, state)
-        return y.squeeze(1), state
+    def step_(self, x: Tensor, position: Tensor, state: KeyValueCache) -> Tensor:
+        y, after = self(x.unsqueeze(1), position, state)
+        vars(state).update(vars(after))
+        return y.squeeze(1)  # type: ignore[no-any-return]
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, C] -> query, keys, values [B, H, T, D]"""

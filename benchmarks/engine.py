@@ -79,7 +79,7 @@ class BareStep:
 
     @torch.inference_mode()
     def step(self) -> None:
-        _, self.state = self.model.step(self.token_ids, self.state)
+        self.model.step_(self.token_ids, self.state)
 
 
 @app.command()

@@ -34,6 +34,11 @@ class PositionBias(nn.Module):
         bias = torch.where(age < self.window, self.learned(age, position), 0.0)
         return bias.masked_fill(age < 0, float("-inf"))
 
+    def by_distance(self, position: Tensor) -> Tensor:
+        """Bias [B or 1, s, H or 1] of the tokens at distance 0 .. s-1 before the one at position [B]."""
+        distance = torch.arange(self.window, device=position.device)
+        return self.learned(distance.unsqueeze(0), position)[:, :, 0].transpose(1, 2)
+
     def learned(self, age: Tensor, position: Tensor) -> Tensor:
         """The bias inside the window, [B or 1, H or 1, Q, K]; entries outside may hold anything finite."""
         return torch.zeros(1, 1, 1, 1, device=age.device)
@@ -48,12 +53,9 @@ class ConvBias(PositionBias):
         self.gamma = nn.Parameter(torch.zeros(config.n_head, 1))
         self.beta = nn.Parameter(torch.zeros(config.n_head, 1))
 
-    def by_distance(self) -> Tensor:
-        """[H, s]: the bias of a token at distance 0 .. s-1."""
-        return self.gamma.float() * F.layer_norm(self.weight.float(), (self.window,)) + self.beta.float()
-
     def learned(self, age: Tensor, position: Tensor) -> Tensor:
-        return self.by_distance()[:, age.clamp(0, self.window - 1)].unsqueeze(0)
+        by_distance = self.gamma.float() * F.layer_norm(self.weight.float(), (self.window,)) + self.beta.float()
+        return by_distance[:, age.clamp(0, self.window - 1)].unsqueeze(0)
 
 
 class FactorisedBias(PositionBias):
@@ -102,16 +104,17 @@ class AFTAttention(nn.Module):
             values.unflatten(-1, (self.n_key, self.d_key)),
             lambda n_queries, n_keys, start: self.bias(n_queries, n_keys, position + start),
             self.n_window,
+            position,
             state,
         )
         return self.out(torch.sigmoid(query) * y.flatten(-2).to(x.dtype)), state
 
-    def step(self, x: Tensor, position: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """x [B, C] -> y [B, C] and the state after it."""
+    def step_(self, x: Tensor, position: Tensor, state: LayerState) -> Tensor:
+        """x [B, C] -> y [B, C]; the state becomes that after it."""
         query, key, value = self.qkv(x).split(self.widths, -1)
-        bias = self.bias(1, self.n_window + 1, position)[:, :, 0].transpose(1, 2)  # [B or 1, W+1, H or 1]
-        y, state = ops.step(key, value.unflatten(-1, (self.n_key, self.d_key)), bias, state)
-        return self.out(torch.sigmoid(query) * y.flatten(-2).to(x.dtype)), state
+        value = value.unflatten(-1, (self.n_key, self.d_key))
+        y = ops.step_(key, value, self.bias.by_distance(position), position, state)
+        return self.out(torch.sigmoid(query) * y.flatten(-2).to(x.dtype))
 
     def init_state(self, batch_size: int, device: torch.device) -> LayerState:
         return LayerState.empty(batch_size, self.n_key, self.d_key, self.n_window, device)
@@ -144,7 +147,6 @@ class Block(nn.Module):
         x = x + y
         return x + self.feed_forward(self.feed_forward_norm(x)), state
 
-    def step(self, x: Tensor, position: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        y, state = self.attention.step(self.attention_norm(x), position, state)
-        x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), state
+    def step_(self, x: Tensor, position: Tensor, state: LayerState) -> Tensor:
+        x = x + self.attention.step_(self.attention_norm(x), position, state)
+        return x + self.feed_forward(self.feed_forward_norm(x))

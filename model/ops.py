@@ -3,7 +3,7 @@
     y_t = sum_{t' <= t} exp(k_t' + w_{t,t'}) v_t'  /  sum_{t' <= t} exp(k_t' + w_{t,t'})
 
 Every variant has w = 0 outside a window, so one recurrence serves all: tokens inside the window keep their own key
-and value; a token that leaves it is added to running sums (`absorb`). Only positive weights are ever summed, each
+and value, in a ring; a token that leaves it is added to running sums (`absorb`). Only positive weights are ever summed, each
 relative to a maximum, so no finite key can overflow and none can turn a row into 0 / 0.
 
 Shapes: B sequences, T tokens, H keys per token, D features per key, Q queries, K keys seen by them (K >= Q; the
@@ -32,17 +32,19 @@ BiasFunction = Callable[[int, int, int], Tensor]  # (n_queries, n_keys, tokens o
 
 
 def forward(
-    keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, state: LayerState | None
+    keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, position: Tensor, state: LayerState | None
 ) -> tuple[Tensor, LayerState]:
     """Parallel form over T tokens that follow `state`: averages y [B, T, H, D] and the state after them.
 
     The tokens are taken in blocks that hand a state on, so the cost is linear in T, and cutting the input anywhere
-    gives the same function. keys [B, T, H], values [B, T, H, D]; n_window = W.
+    gives the same function. keys [B, T, H], values [B, T, H, D]; n_window = W; position [B or 1] of the first token.
     """
     n_tokens = keys.shape[1]
     keys, values = _bounded(keys), values.float()
     if state is None:  # an empty window has no columns here: nothing is computed for tokens that do not exist
         state = LayerState.empty(keys.shape[0], keys.shape[2], values.shape[3], 0, keys.device)
+    else:
+        state = _roll(state, position)
     outputs = []
     for start in range(0, n_tokens, BLOCK):
         block_keys = torch.cat([state.keys, keys[:, start : start + BLOCK]], 1)
@@ -55,25 +57,44 @@ def forward(
     if missing > 0:
         padded_keys = F.pad(state.keys, (0, 0, missing, 0), value=EMPTY_KEY)
         state = LayerState(state.running, padded_keys, F.pad(state.values, (0, 0, 0, 0, missing, 0)))
-    return torch.cat(outputs, 1), state
+    return torch.cat(outputs, 1), _roll(state, -(position + n_tokens))
 
 
-def step(key: Tensor, value: Tensor, bias: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-    """Recurrent form for one token: averages y [B, H, D] and the state after it.
+def step_(key: Tensor, value: Tensor, bias: Tensor, position: Tensor, state: LayerState) -> Tensor:
+    """Recurrent form for one token: averages y [B, H, D]; the state becomes that after it.
 
-    key [B, H], value [B, H, D], bias [B or 1, W+1, H or 1], oldest token first.
+    key [B, H], value [B, H, D], position [B], bias [B or 1, W+1, H or 1] by the distance to the token.
     """
-    keys = torch.cat([state.keys, _bounded(key).unsqueeze(1)], 1)
-    values = torch.cat([state.values, value.float().unsqueeze(1)], 1)
-    top = torch.maximum(keys.amax(1), state.running.reference)  # [B, H]
+    key, value, running, n_window = _bounded(key), value.float(), state.running, state.keys.shape[1]
+    distance = (position.unsqueeze(1) - 1 - torch.arange(n_window, device=key.device)) % max(n_window, 1) + 1  # [B, W]
+    index = distance.unsqueeze(-1).expand(-1, -1, bias.shape[2])
+    keys = torch.cat([state.keys, key.unsqueeze(1)], 1)
+    values = torch.cat([state.values, value.unsqueeze(1)], 1)
+    bias = torch.cat([bias.expand(len(key), -1, -1).gather(1, index), bias[:, :1].expand(len(key), -1, -1)], 1)
+    top = torch.maximum(keys.amax(1), running.reference)  # [B, H]
     logits = (keys - top.unsqueeze(1)) + bias
-    carried_logit = state.running.reference - top
+    carried_logit = running.reference - top
     peak = torch.maximum(logits.amax(1), carried_logit)
     weights = torch.exp(logits - peak.unsqueeze(1))  # [B, W+1, H]
-    carried = torch.exp(carried_logit - peak).unsqueeze(-1) * (state.running.sums + state.running.compensation)
+    carried = torch.exp(carried_logit - peak).unsqueeze(-1) * _total(running)
     numerator = (weights.unsqueeze(-1) * values).sum(1) + carried[..., :-1]
     denominator = weights.sum(1) + carried[..., -1]
-    return numerator / denominator.unsqueeze(-1), slide(state.running, keys, values, state.keys.shape[1])
+    _replace_oldest_(key, value, position, state)
+    return numerator / denominator.unsqueeze(-1)
+
+
+def _replace_oldest_(key: Tensor, value: Tensor, position: Tensor, state: LayerState) -> None:
+    """The token takes the slot of the one that leaves the window, which goes into the running sums."""
+    rows, n_window = torch.arange(len(key), device=key.device), state.keys.shape[1]
+    if n_window:
+        slot = position % n_window
+        leaving_key, leaving_value = state.keys[rows, slot], state.values[rows, slot]
+        state.keys[rows, slot], state.values[rows, slot] = key, value
+    else:
+        leaving_key, leaving_value = key, value
+    after = absorb(state.running, leaving_key.unsqueeze(1), leaving_value.unsqueeze(1))
+    for old, new in zip(state.running.tensors(), after.tensors(), strict=True):
+        old.copy_(new)
 
 
 def average(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
@@ -161,6 +182,18 @@ def absorb(running: RunningSums, keys: Tensor, values: Tensor) -> RunningSums:
     rounded = total - sums  # the part of `added` that arrived (Knuth's two-sum)
     lost = (sums - (total - rounded)) + (added - rounded)
     return RunningSums(reference, total, running.compensation * scale + lost)
+
+
+def _roll(state: LayerState, position: Tensor) -> LayerState:
+    """The ring after `position` [B or 1] tokens, oldest first. With -position, the inverse."""
+    batch_size, n_window, n_key = state.keys.shape
+    if not n_window:
+        return state
+    order = (position.unsqueeze(1) + torch.arange(n_window, device=position.device)) % n_window
+    order = order.expand(batch_size, -1).unsqueeze(-1)
+    keys = state.keys.gather(1, order.expand(-1, -1, n_key))
+    values = state.values.gather(1, order.unsqueeze(-1).expand_as(state.values))
+    return LayerState(state.running, keys, values)
 
 
 def _bounded(keys: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ class RunningSums:
     sums: Tensor
     compensation: Tensor
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.reference, self.sums, self.compensation
+
     @staticmethod
     def empty(batch_size: int, n_key: int, d_key: int, device: torch.device) -> RunningSums:
         zeros = torch.zeros(batch_size, n_key, d_key + 1, device=device)
@@ -42,7 +45,9 @@ class RunningSums:
 
 @dataclass(frozen=True)
 class LayerState:
-    """State of one layer: the running sums and the window of tokens that still have a bias, oldest first.
+    """State of one layer: the running sums, and the window of tokens that still have a bias.
+
+    The window is a ring, so that a token is written once: that of position t is in slot t mod W.
 
     keys   [B, W, H]
     values [B, W, H, D]
@@ -61,8 +66,7 @@ class LayerState:
         return LayerState(RunningSums.empty(batch_size, n_key, d_key, device), keys, values)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        running = self.running
-        return running.reference, running.sums, running.compensation, self.keys, self.values
+        return *self.running.tensors(), self.keys, self.values
 
     @staticmethod
     def from_tensors(tensors: Sequence[Tensor]) -> LayerState:
@@ -72,7 +76,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class AFTState:
-    """State of a batch. Never modified in place: `forward` and `step` return a new one, so keeping a state is a fork.
+    """State of a batch. Only `step_` modifies one; `forward` and `step` return a new one, so keeping theirs is a fork.
 
     position [B] int64, tokens read so far
     """

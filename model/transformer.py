@@ -76,15 +76,19 @@ class AFTForCausalLM(nn.Module):
 
     def step(self, token_ids: Tensor, state: AFTState) -> tuple[Tensor, AFTState]:
         """token_ids [B], one per sequence -> logits [B, V] in float32, and the state after them."""
+        state = state.clone()
+        return self.step_(token_ids, state), state
+
+    def step_(self, token_ids: Tensor, state: AFTState) -> Tensor:
+        """As `step`, but `state` itself becomes the state after the tokens."""
         if token_ids.shape != state.position.shape:
             raise ValueError(f"token_ids must be [{state.batch_size}] as the state, not {list(token_ids.shape)}.")
         self._check_context(state, 1)
         x = self._embed(token_ids, state.position)
-        layers = []
         for block, layer in zip(self._blocks(), state.layers, strict=True):
-            x, layer = block.step(x, state.position, layer)
-            layers.append(layer)
-        return self.logits(self.norm(x)), AFTState(state.position + 1, tuple(layers))
+            x = block.step_(x, state.position, layer)
+        state.position.add_(1)
+        return self.logits(self.norm(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V] in float32."""

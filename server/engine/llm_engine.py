@@ -200,8 +200,8 @@ class LLMEngine:
         n_rows = self.pool.n_slots if self.config.batch_invariant else self.num_running
         last_ids = [sequence.token_ids[-1] for sequence in self._running]
         last_ids += [0] * (n_rows - self.num_running)
-        logits, states = self.model.step(torch.tensor(last_ids, device=self.model.device), self.pool.view(n_rows))
-        self.pool.write(states.select(slice(0, self.num_running)))
+        logits = self.model.step_(torch.tensor(last_ids, device=self.model.device), self.pool.view(n_rows))
+        self.pool.rewind_free()
         return self._advance(0, logits[: self.num_running].cpu())
 
     def _advance(self, first_row: int, logits: Tensor) -> list[RequestOutput]:

@@ -54,13 +54,17 @@ class StatePool:
         self._n_used = last
 
     def view(self, n_rows: int) -> AFTState:
-        """The first rows, without a copy. Those beyond len(pool) are empty states."""
+        """The first rows, without a copy, to be stepped in place."""
         return self._states.select(slice(0, n_rows))
 
     def write(self, states: AFTState, row: int = 0) -> None:
         """Overwrite the rows from `row` on with a batch of states."""
         for slot, source in zip(self._states.tensors(), states.tensors(), strict=True):
             slot[row : row + states.batch_size].copy_(source)
+
+    def rewind_free(self) -> None:
+        """Rows not in use are at position 0, however often they were stepped, and within any model's reach."""
+        self._states.position[self._n_used :] = 0
 
     def snapshot(self, row: int) -> AFTState:
         """A copy of one row."""

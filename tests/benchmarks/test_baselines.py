@@ -24,7 +24,7 @@ def test_rows_have_as_many_parameters_and_one_function(row: str) -> None:
     parts.append(model(ids[:, 11:20], parts[-1][1]))
     logits, state = [part[0] for part in parts], parts[-1][1]
     for i in range(20, 30):
-        step, state = model.step(ids[:, i], state)
+        step = model.step_(ids[:, i], state)
         logits.append(step.unsqueeze(1))
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-5)
 

@@ -43,7 +43,8 @@ class Case:
         def bias(n_queries: int, n_keys: int, offset: int) -> Tensor:
             return self.w(n_queries, n_keys, start + offset)
 
-        return ops.forward(self.keys[:, start:end], self.values[:, start:end], bias, self.n_window, state)
+        position = torch.tensor([start])
+        return ops.forward(self.keys[:, start:end], self.values[:, start:end], bias, self.n_window, position, state)
 
     def chunks(self, cuts: list[int]) -> Tensor:
         outputs, state = [], None
@@ -61,9 +62,9 @@ class Case:
             _, state = self.forward(None, 0, start)
         outputs = []
         for t in range(start, n_tokens):
-            bias = self.w(1, self.n_window + 1, t)[:, :, 0].transpose(1, 2)
-            y, state = ops.step(self.keys[:, t], self.values[:, t], bias, state)
-            outputs.append(y)
+            position = torch.tensor([t])
+            bias = self.bias.by_distance(position)
+            outputs.append(ops.step_(self.keys[:, t], self.values[:, t], bias, position, state))
         return torch.stack(outputs, 1)
 
     def reference(self) -> Tensor:
