@@ -52,9 +52,10 @@ def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tup
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def fingerprint(model: AFTForCausalLM) -> bytes:
+def fingerprint(model: AFTForCausalLM, quantization: str = "") -> bytes:
     """16 bytes that differ for models that compute different things: a digest of configuration and weights."""
-    digest = hashlib.blake2b(json.dumps(model.config.to_dict(), sort_keys=True).encode(), digest_size=16)
+    described = json.dumps(model.config.to_dict(), sort_keys=True) + quantization
+    digest = hashlib.blake2b(described.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())

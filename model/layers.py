@@ -114,7 +114,8 @@ class AFTAttention(nn.Module):
         query, key, value = self.qkv(x).split(self.widths, -1)
         value = value.unflatten(-1, (self.n_key, self.d_key))
         y = ops.step_(key, value, self.bias.by_distance(position), position, state)
-        return self.out(torch.sigmoid(query) * y.flatten(-2).to(x.dtype))
+        z: Tensor = self.out(torch.sigmoid(query) * y.flatten(-2).to(x.dtype))
+        return z
 
     def init_state(self, batch_size: int, device: torch.device) -> LayerState:
         return LayerState.empty(batch_size, self.n_key, self.d_key, self.n_window, device)
@@ -149,4 +150,5 @@ class Block(nn.Module):
 
     def step_(self, x: Tensor, position: Tensor, state: LayerState) -> Tensor:
         x = x + self.attention.step_(self.attention_norm(x), position, state)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        y: Tensor = self.feed_forward(self.feed_forward_norm(x))
+        return x + y

@@ -3,8 +3,8 @@
     y_t = sum_{t' <= t} exp(k_t' + w_{t,t'}) v_t'  /  sum_{t' <= t} exp(k_t' + w_{t,t'})
 
 Every variant has w = 0 outside a window, so one recurrence serves all: tokens inside the window keep their own key
-and value, in a ring; a token that leaves it is added to running sums (`absorb`). Only positive weights are ever summed, each
-relative to a maximum, so no finite key can overflow and none can turn a row into 0 / 0.
+and value, in a ring; a token that leaves it is added to running sums (`absorb`). Only positive weights are ever
+summed, each relative to a maximum, so no finite key can overflow and none can turn a row into 0 / 0.
 
 Shapes: B sequences, T tokens, H keys per token, D features per key, Q queries, K keys seen by them (K >= Q; the
 queries are the last Q of the K tokens), W = window - 1.

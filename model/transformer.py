@@ -27,6 +27,7 @@ class AFTForCausalLM(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.head: nn.Module | None = None  # the output projection, where it has another form than the embedding
         self._init_weights()
         self.to(getattr(torch, config.dtype))
 
@@ -62,7 +63,7 @@ class AFTForCausalLM(nn.Module):
             raise ValueError(f"token_ids must be [batch, tokens] with at least one token, not {list(token_ids.shape)}.")
         n_tokens = token_ids.shape[1]
         position = state.position if state else torch.zeros(token_ids.shape[0], dtype=torch.long, device=self.device)
-        self._check_context(state, n_tokens)
+        self.check_context(position, n_tokens)
         positions = position[:, None] + torch.arange(n_tokens, device=self.device)
         x = self._embed(token_ids, positions)
         layers = []
@@ -83,7 +84,7 @@ class AFTForCausalLM(nn.Module):
         """As `step`, but `state` itself becomes the state after the tokens."""
         if token_ids.shape != state.position.shape:
             raise ValueError(f"token_ids must be [{state.batch_size}] as the state, not {list(token_ids.shape)}.")
-        self._check_context(state, 1)
+        self.check_context(state.position, 1)
         x = self._embed(token_ids, state.position)
         for block, layer in zip(self._blocks(), state.layers, strict=True):
             x = block.step_(x, state.position, layer)
@@ -92,7 +93,8 @@ class AFTForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V] in float32."""
-        return F.linear(hidden, self.embedding.weight).float()
+        logits: Tensor = self.head(hidden) if self.head else F.linear(hidden, self.embedding.weight)
+        return logits.float()
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
@@ -101,11 +103,12 @@ class AFTForCausalLM(nn.Module):
         x: Tensor = self.embedding(token_ids)
         return x if self.position_embedding is None else x + self.position_embedding(positions)
 
-    def _check_context(self, state: AFTState | None, n_tokens: int) -> None:
+    def check_context(self, position: Tensor, n_tokens: int) -> None:
+        """Raises ContextLengthError if that many tokens from position [B] on are more than the model can read."""
         limit = self.config.context_limit
         if limit is None:
             return
-        end = n_tokens + (int(state.position.max()) if state else 0)
+        end = n_tokens + int(position.max())
         if end > limit:
             raise ContextLengthError(f"A sequence of {end} tokens exceeds the model's max_positions = {limit}.")
 

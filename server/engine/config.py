@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.runner import Quantization
 from server.errors import ConfigurationError
 
 DEFAULT_MAX_MODEL_LEN = 2**20
@@ -24,8 +25,10 @@ class EngineConfig:
     max_grammar_length      characters of a JSON schema or regular expression at most
     grammar_timeout         seconds in which it must compile
     batch_invariant         every request gives bitwise the same tokens and log-probabilities alone and in any batch,
-                            with and without cached prefixes, at the price of always decoding a full batch (measured
-                            on CPUs; log-probabilities of vocabularies over 32,768 tokens may differ in the last bit)
+                            with and without cached prefixes. The compiled kernels always do; where PyTorch runs the
+                            model, the price is always decoding a full batch, and log-probabilities of vocabularies
+                            over 32,768 tokens may differ in the last bit
+    quantize                "int8" keeps matrices as whole numbers of 8 bits, a scale for each row; CPUs only
     """
 
     max_model_len: int | None = None
@@ -38,6 +41,7 @@ class EngineConfig:
     max_grammar_length: int = 2**16
     grammar_timeout: float = 5.0
     batch_invariant: bool = False
+    quantize: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.max_model_len < 2:

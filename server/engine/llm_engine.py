@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import fingerprint
+from model.runner import make_runner
 from model.sampling import Sampler
 from model.state import AFTState
 from model.tokenizer import Tokenizer
@@ -44,14 +45,16 @@ class LLMEngine:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.tokenizer = tokenizer
         self.config = config or EngineConfig()
         self._clock = clock
         self.max_model_len = longest_sequence(self.config.max_model_len, model.config.context_limit)
         empty = model.init_state(1)
         n_slots = min(self.config.max_num_seqs, StatePool.slots_within(empty, self.config.state_memory))
         self.pool = StatePool(empty, n_slots)
-        self.fingerprint = fingerprint(model)
+        self.runner = make_runner(model, self.pool.states, self.config.chunk_size, self.config.quantize)
+        self.model = self.runner.model
+        self.fingerprint = fingerprint(model, self.config.quantize or "")
         self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes, self.fingerprint)
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(
@@ -65,6 +68,11 @@ class LLMEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self.scheduler.num_reading or self.scheduler.num_waiting)
+
+    @property
+    def _pads(self) -> bool:
+        """Whether batches must always be full, and prompts always cut alike, to give the same bits."""
+        return self.config.batch_invariant and not self.runner.is_exact
 
     @property
     def num_running(self) -> int:
@@ -135,7 +143,7 @@ class LLMEngine:
             self._read_so_far[request] = request.start.snapshot
         if request.start is not None or request.params.prompt_logprobs is not None:
             return
-        multiple_of = self.config.chunk_size if self.config.batch_invariant else 1
+        multiple_of = self.config.chunk_size if self._pads else 1
         n_cached, snapshot = self.prefix_cache.match(request.prompt_array, request.cache_salt, multiple_of)
         if snapshot is not None:
             request.num_computed_tokens = request.num_cached_tokens = n_cached
@@ -157,15 +165,14 @@ class LLMEngine:
         return self._start_texts(request, after)
 
     def _read_chunk(self, request: Request, start: int, end: int, state: AFTState | None) -> Snapshot:
-        token_ids = torch.tensor([request.prompt_ids[start:end]], device=self.model.device)
-        hidden, state = self.model.hidden(token_ids, state)
+        hidden, state = self.runner.read(request.prompt_ids[start:end], state)
         n_top = request.params.prompt_logprobs
         if n_top is not None:
             following = request.prompt_ids[start + 1 : end + 1]
-            logits = self.model.logits(hidden[0, : len(following)]).cpu()
+            logits = self.model.logits(hidden[: len(following)]).cpu()
             request.prompt_logprobs += prompt_logprobs(logits, following, n_top)
         is_all = end == request.num_prompt_tokens
-        return Snapshot(state.clone(), self.model.logits(hidden[0, -1]).cpu() if is_all else None)
+        return Snapshot(state, self.model.logits(hidden[-1]).cpu() if is_all else None)
 
     def _start_texts(self, request: Request, prompt: Snapshot) -> list[RequestOutput]:
         """Fork the state after the prompt for every text, and choose the first token of each."""
@@ -197,10 +204,10 @@ class LLMEngine:
     # Decoding
 
     def _decode(self) -> list[RequestOutput]:
-        n_rows = self.pool.n_slots if self.config.batch_invariant else self.num_running
+        n_rows = self.pool.n_slots if self._pads else self.num_running
         last_ids = [sequence.token_ids[-1] for sequence in self._running]
         last_ids += [0] * (n_rows - self.num_running)
-        logits = self.model.step_(torch.tensor(last_ids, device=self.model.device), self.pool.view(n_rows))
+        logits = self.runner.step_(last_ids)
         self.pool.rewind_free()
         return self._advance(0, logits[: self.num_running].cpu())
 
@@ -259,8 +266,8 @@ class LLMEngine:
     def _keep(self, output: RequestOutput, sequence: Sequence, row: int, logits: Tensor) -> RequestOutput:
         """At the end of a text: a next turn goes on from here. The last token was chosen, but not read."""
         request, (*read, last) = sequence.request, sequence.token_ids
-        # A batch-invariant engine must not go on from a state that was decoded where another run would read a prompt.
-        is_cached = bool(read) and self._caches(request) and not self.config.batch_invariant
+        # Where decoding and reading round differently, a batch-invariant engine must not go on from a decoded state.
+        is_cached = bool(read) and self._caches(request) and not self._pads
         if not (is_cached or request.keep_conversation):
             return output
         snapshot = Snapshot(self.pool.snapshot(row), logits.clone())

@@ -16,7 +16,7 @@ class StatePool:
     def __init__(self, empty: AFTState, n_slots: int) -> None:
         """empty: the state of one sequence before its first token."""
         self.n_slots, self._empty = n_slots, empty
-        self._states = AFTState.concatenate([empty] * n_slots)
+        self.states = AFTState.concatenate([empty] * n_slots)
         self._n_used = 0
 
     @staticmethod
@@ -34,7 +34,7 @@ class StatePool:
 
     @property
     def nbytes(self) -> int:
-        return self._states.nbytes
+        return self.states.nbytes
 
     def append(self, state: AFTState) -> int:
         """Copy the state of one sequence in; returns its row."""
@@ -49,23 +49,19 @@ class StatePool:
         last = self._n_used - 1
         assert 0 <= row <= last
         if row != last:
-            self.write(self._states.select(slice(last, last + 1)), row)
+            self.write(self.states.select(slice(last, last + 1)), row)
         self.write(self._empty, last)
         self._n_used = last
 
-    def view(self, n_rows: int) -> AFTState:
-        """The first rows, without a copy, to be stepped in place."""
-        return self._states.select(slice(0, n_rows))
-
     def write(self, states: AFTState, row: int = 0) -> None:
         """Overwrite the rows from `row` on with a batch of states."""
-        for slot, source in zip(self._states.tensors(), states.tensors(), strict=True):
+        for slot, source in zip(self.states.tensors(), states.tensors(), strict=True):
             slot[row : row + states.batch_size].copy_(source)
 
     def rewind_free(self) -> None:
         """Rows not in use are at position 0, however often they were stepped, and within any model's reach."""
-        self._states.position[self._n_used :] = 0
+        self.states.position[self._n_used :] = 0
 
     def snapshot(self, row: int) -> AFTState:
         """A copy of one row."""
-        return self._states.select(slice(row, row + 1)).clone()
+        return self.states.select(slice(row, row + 1)).clone()

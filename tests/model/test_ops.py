@@ -15,6 +15,8 @@ from torch import Tensor
 from model import ops
 from model.config import AFTConfig, Variant
 from model.layers import ConvBias, FactorisedBias, PositionBias, position_bias
+from model.native import library, operations
+from model.native.library import Operation
 from model.state import LayerState
 from tests.reference import aft_reference, reference_bias
 
@@ -67,6 +69,22 @@ class Case:
             outputs.append(ops.step_(self.keys[:, t], self.values[:, t], bias, position, state))
         return torch.stack(outputs, 1)
 
+    @torch.no_grad()
+    def native(self) -> Tensor:
+        """All tokens through the compiled kernel, as one sequence; the gate is open."""
+        _, n_tokens, n_key, d_key = self.values.shape
+        gate = torch.full((n_tokens, n_key * d_key), 40.0)
+        qkv = torch.cat([gate, self.keys[0], self.values[0].flatten(1)], 1).detach()
+        state = LayerState.empty(1, n_key, d_key, self.n_window, torch.device("cpu"))
+        positions, output = torch.arange(n_tokens), torch.zeros_like(gate)
+        bias = self.bias.by_distance(positions).contiguous()
+        scratch = torch.zeros(1, max(1, self.n_window), operations.BLOCK)
+        kernel = operations.aft(qkv, positions, bias, state, scratch, output, one_sequence=True)
+        kernels = library()
+        assert kernels is not None
+        kernels.run((Operation * 1)(kernel), n_tokens, 1)
+        return output.view_as(self.values)
+
     def reference(self) -> Tensor:
         return aft_reference(self.keys[0], self.values[0], reference_bias(self.bias)).unsqueeze(0)
 
@@ -88,7 +106,7 @@ def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
 @st.composite
 def cases(draw: st.DrawFn, variant: Variant, w_scale: float, jump: float) -> Case:
     n_tokens = draw(st.integers(1, 24), "tokens")
-    n_head, d_key = draw(st.integers(1, 3), "heads"), draw(st.integers(1, 3), "features per head")
+    n_head, d_key = draw(st.integers(1, 3), "heads"), draw(st.sampled_from([1, 2, 3, 20]), "features per head")
     config = AFTConfig(
         variant=variant,
         vocab_size=1,
@@ -130,6 +148,7 @@ def exact(variant: Variant, w_scale: float, jump: float) -> Callable[[], None]:
             assert relative_error(case.forward()[0], expected) < 1e-5
             assert relative_error(case.chunks(cuts), expected) < 1e-5
             assert relative_error(case.steps(), expected) < 1e-5
+            assert relative_error(case.native(), expected) < 1e-5
             check_gradients(case, cuts)
 
     return check
@@ -195,10 +214,13 @@ def test_no_drift_over_20000_steps(variant: Variant) -> None:
     start = LONG - 100 if variant == "full" else 0
     steps = Case(bias, keys, values).steps(start)
     forward, _ = Case(bias, keys, values).forward()
+    native = None if variant == "full" else Case(bias, keys, values).native()
     assert torch.isfinite(steps).all()
     for row in (99, 4_999, LONG - 1):
         expected = expected_row(bias, keys, values, row)
         assert relative_error(forward[0, row], expected) < 1e-5
+        if native is not None:
+            assert relative_error(native[0, row], expected) < 1e-5
         if row >= start:
             assert relative_error(steps[0, row - start], expected) < 1e-5
 
@@ -229,7 +251,7 @@ def test_any_finite_key_gives_finite_averages(variant: Variant, scale: float) ->
     keys = scale * (2 * torch.rand(1, 99, config.n_key, generator=random) - 1)
     values = torch.rand(1, 99, config.n_key, 4 // config.n_key, generator=random)
     case = Case(make_bias(config, 1.0, seed=0), keys, values)
-    for y in (case.forward()[0], case.chunks([1, 40]), case.steps()):
+    for y in (case.forward()[0], case.chunks([1, 40]), case.steps(), case.native()):
         assert torch.isfinite(y).all()
         assert y.min() >= values.min() - 1e-5
         assert y.max() <= values.max() + 1e-5

@@ -207,10 +207,10 @@ def test_text_held_back_for_a_stop_string_is_sent_when_the_text_ends() -> None:
 
 def test_several_texts_are_forked_from_one_reading() -> None:
     engine = LLMEngine(MODEL, WORDS)
-    with mock.patch.object(MODEL, "hidden", wraps=MODEL.hidden) as hidden:
+    with mock.patch.object(engine.runner, "read", wraps=engine.runner.read) as read:
         one = request(n_prompt=20, n=2, best_of=5, temperature=1.5, seed=3, max_tokens=9)
         results = run(engine, one)
-    assert hidden.call_count == 1
+    assert read.call_count == 1
     assert {index for _, index in results} == set(range(5))
     for index in range(5):
         assert token_ids(results["a", index]) == alone(one, index=index)
@@ -369,8 +369,8 @@ def test_logits_that_are_not_finite_end_their_own_request_only(n_poisoned: int) 
     """Token 399 becomes poison: whatever reads it has NaN logits from there on."""
     model = random_model(tiny_config())
     model.embedding.weight.data[399] = float("nan")
-    logits = model.logits
-    with mock.patch.object(model, "logits", side_effect=lambda hidden: logits(hidden)[..., :399]):
+    logits = AFTForCausalLM.logits
+    with mock.patch.object(AFTForCausalLM, "logits", lambda self, hidden: logits(self, hidden)[..., :399]):
         healthy = [request(f"{i}", max_tokens=20) for i in range(3)]
         expected = [alone(one, model) for one in healthy]
         in_prompt = Request("prompt", [1, 399], healthy[0].params)

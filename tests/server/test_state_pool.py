@@ -44,7 +44,7 @@ def test_rows_follow_the_list_of_their_owner(operations: list[int | None]) -> No
 def test_a_view_shares_memory_and_a_snapshot_does_not() -> None:
     pool = StatePool(EMPTY, 3)
     pool.append(state_of(1))
-    view, snapshot = pool.view(1), pool.snapshot(0)
+    view, snapshot = pool.states.select(slice(0, 1)), pool.snapshot(0)
     pool.write(state_of(2))
     assert (value_of(view), value_of(snapshot)) == (2, 1)
     assert snapshot.nbytes == EMPTY.nbytes == pool.nbytes // 3
@@ -52,7 +52,7 @@ def test_a_view_shares_memory_and_a_snapshot_does_not() -> None:
 
 def test_unused_rows_hold_finite_states() -> None:
     """A batch-invariant step decodes them as well."""
-    logits, _ = MODEL.step(torch.zeros(3, dtype=torch.long), StatePool(EMPTY, 3).view(3))
+    logits, _ = MODEL.step(torch.zeros(3, dtype=torch.long), StatePool(EMPTY, 3).states)
     assert torch.isfinite(logits).all()
 
 

@@ -1,0 +1,125 @@
+"""A pass through a packed model as one list of operations: nothing of Python or PyTorch runs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from model.layers import AFTAttention, Block, FactorisedBias
+from model.native import operations
+from model.native.library import Library, Operation
+from model.native.linear import PackedLinear, pack
+from model.native.operations import BLOCK
+from model.state import AFTState, LayerState
+from model.transformer import AFTForCausalLM
+
+
+class NativeRunner:
+    """A `Runner` for CPUs. Tokens and states are bitwise the same in any batch, and however a text is cut."""
+
+    is_exact = True
+
+    def __init__(
+        self, model: AFTForCausalLM, states: AFTState, chunk_size: int, kernels: Library, *, int8: bool = False
+    ) -> None:
+        """As of `make_runner`."""
+        self.model = pack(model, kernels, int8=int8)
+        n_threads = torch.get_num_threads()
+        self._decoding = _Pass(self.model, states, states.batch_size, kernels, n_threads)
+        self._reading_state = AFTState.concatenate([self.model.init_state(1)])
+        self._reading = _Pass(self.model, self._reading_state, chunk_size, kernels, n_threads, one_sequence=True)
+
+    @staticmethod
+    def supports(model: AFTForCausalLM) -> bool:
+        return model.device.type == "cpu" and all(isinstance(block.attention, AFTAttention) for block in model.blocks)
+
+    def step_(self, token_ids: Sequence[int]) -> Tensor:
+        return self.model.logits(self._decoding(token_ids))
+
+    def read(self, token_ids: Sequence[int], state: AFTState | None) -> tuple[Tensor, AFTState]:
+        before = state or self.model.init_state(1)
+        for slot, source in zip(self._reading_state.tensors(), before.tensors(), strict=True):
+            slot.copy_(source)
+        hidden = self._reading(token_ids)
+        return hidden, self._reading_state.clone()
+
+
+class _Pass:
+    """The list for one token of each of the first sequences of `states`, or for some tokens of its only one."""
+
+    def __init__(
+        self,
+        model: AFTForCausalLM,
+        states: AFTState,
+        n_rows: int,
+        kernels: Library,
+        n_threads: int,
+        *,
+        one_sequence: bool = False,
+    ) -> None:
+        """n_rows: tokens at most; the tensors of states are contiguous."""
+        self._model, self._states, self._one_sequence = model, states, one_sequence
+        self._kernels, self._n_threads = kernels, n_threads
+        config = model.config
+        assert config.d_ff is not None
+        width = config.d_model
+        self._ids, self._positions = (torch.zeros(n_rows, dtype=torch.long) for _ in range(2))
+        self._x, self._normed, self._averages = (torch.zeros(n_rows, width) for _ in range(3))
+        self._qkv, self._inner = torch.zeros(n_rows, 2 * width + config.n_key), torch.zeros(n_rows, config.d_ff)
+        is_factorised = isinstance(model.blocks[0].attention.bias, FactorisedBias)  # type: ignore[union-attr]
+        self._bias = torch.zeros(n_rows if is_factorised else 0, config.bias_window, 1)
+        self._scratch = torch.zeros(n_threads, max(1, config.bias_window - 1), BLOCK)
+        listed = list(self._operations())
+        self._keep = [operation.keep for operation in listed]
+        self._listed = (Operation * len(listed))(*listed)
+
+    def __call__(self, token_ids: Sequence[int]) -> Tensor:
+        """Normalised outputs of the last block [B, C], valid until the next call; the states become the next ones."""
+        n_rows = len(token_ids)
+        if self._one_sequence:
+            before, n_tokens = self._states.position, n_rows
+            self._positions[:n_rows] = before + torch.arange(n_rows)
+        else:
+            before, n_tokens = self._states.position[:n_rows], 1
+            self._positions[:n_rows] = before
+        self._model.check_context(before, n_tokens)
+        self._ids[:n_rows] = torch.tensor(token_ids)
+        self._kernels.run(self._listed, n_rows, self._n_threads)
+        before += n_tokens
+        return self._normed[:n_rows]
+
+    def _operations(self) -> Iterator[Operation]:
+        model, x, normed = self._model, self._x, self._normed
+        added = model.position_embedding.weight if model.position_embedding is not None else None
+        yield operations.embed(self._ids, model.embedding.weight, self._positions, added, x)
+        for block, layer in zip(model.blocks, self._states.layers, strict=True):
+            assert isinstance(block, Block)
+            yield self._norm(block.attention_norm)
+            yield from self._attention(block.attention, layer)
+            yield self._norm(block.feed_forward_norm)
+            yield _packed(block.feed_forward.up).operation(normed, self._inner, gelu=True)
+            yield _packed(block.feed_forward.down).operation(self._inner, x, adds=True)
+        yield self._norm(model.norm)
+
+    def _attention(self, attention: AFTAttention, layer: LayerState) -> Iterator[Operation]:
+        yield _packed(attention.qkv).operation(self._normed, self._qkv)
+        bias, positions = attention.bias, self._positions
+        if isinstance(bias, FactorisedBias):  # differs from position to position: computed in each pass
+            by_distance = self._bias
+            yield operations.factorised_bias(positions, bias.query, bias.key, by_distance.squeeze(2))
+        else:
+            by_distance = bias.by_distance(torch.zeros(1, dtype=torch.long)).contiguous()
+        yield operations.aft(
+            self._qkv, positions, by_distance, layer, self._scratch, self._averages, one_sequence=self._one_sequence
+        )
+        yield _packed(attention.out).operation(self._averages, self._x, adds=True)
+
+    def _norm(self, norm: torch.nn.LayerNorm) -> Operation:
+        return operations.norm(self._x, norm.weight, norm.bias, norm.eps, self._normed)
+
+
+def _packed(module: torch.nn.Module) -> PackedLinear:
+    assert isinstance(module, PackedLinear)
+    return module
