@@ -24,7 +24,7 @@ from server.draining import DrainingServer
 from server.engine import LLM, EngineConfig, LLMEngine, SamplingParams
 from server.errors import ConfigurationError, ServerError
 from server.logs import LogFormat, configure_logging
-from server.sessions import SessionsConfig, SQLiteStore
+from server.sessions import SessionsConfig, open_store
 
 MIB = 2**20
 SMALL_MODEL = 30_000_000  # parameters
@@ -66,8 +66,8 @@ def serve(
     chunk_size: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, between tokens of others.")] = 256,
     prefix_cache: Annotated[int, typer.Option(help="MiB of states after prompts that may come again.")] = 256,
     batch_invariant: Annotated[bool, typer.Option(help="Bitwise the same text in any batch; slower.")] = False,
-    session_store: Annotated[
-        Path | None, typer.Option(help="SQLite file that keeps sessions; in memory if left out.")
+    store: Annotated[
+        str | None, typer.Option(help="SQLite file or redis:// URL that keeps sessions; in memory if left out.")
     ] = None,
     session_ttl: Annotated[float, typer.Option(help="Seconds after its last use when a session is forgotten.")] = 86400,
     max_sessions: Annotated[int, typer.Option(help="Sessions of one API key.")] = 10_000,
@@ -119,7 +119,7 @@ def serve(
         LLMEngine(network, tokenizer, config),
         api_config,
         ChatTemplate.load(model),
-        SQLiteStore(session_store) if session_store else None,
+        open_store(store) if store else None,
         SessionsConfig(session_ttl=session_ttl, max_sessions=max_sessions),
     )
     uvicorn_config = uvicorn.Config(
