@@ -21,10 +21,10 @@ from server.api.config import APIConfig
 from server.batch import main as batch
 from server.bench import main as bench
 from server.draining import DrainingServer
-from server.engine import LLM, EngineConfig, LLMEngine, SamplingParams
+from server.engine import LLM, EngineConfig, LLMEngine, PrefixStore, SamplingParams
 from server.errors import ConfigurationError, ServerError
 from server.logs import LogFormat, configure_logging
-from server.sessions import SessionsConfig, SQLiteStore
+from server.sessions import SessionsConfig, open_prefix_store, open_store
 
 MIB = 2**20
 SMALL_MODEL = 30_000_000  # parameters
@@ -66,9 +66,10 @@ def serve(
     chunk_size: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, between tokens of others.")] = 256,
     prefix_cache: Annotated[int, typer.Option(help="MiB of states after prompts that may come again.")] = 256,
     batch_invariant: Annotated[bool, typer.Option(help="Bitwise the same text in any batch; slower.")] = False,
-    session_store: Annotated[
-        Path | None, typer.Option(help="SQLite file that keeps sessions; in memory if left out.")
+    store: Annotated[
+        str | None, typer.Option(help="SQLite file or redis:// URL that keeps sessions; in memory if left out.")
     ] = None,
+    prefix_store: Annotated[int, typer.Option(help="MiB in the store for what leaves the prefix cache.")] = 0,
     session_ttl: Annotated[float, typer.Option(help="Seconds after its last use when a session is forgotten.")] = 86400,
     max_sessions: Annotated[int, typer.Option(help="Sessions of one API key.")] = 10_000,
     max_body_size: Annotated[int, typer.Option(help="MiB of a request's body.")] = 4,
@@ -119,8 +120,9 @@ def serve(
         LLMEngine(network, tokenizer, config),
         api_config,
         ChatTemplate.load(model),
-        SQLiteStore(session_store) if session_store else None,
+        open_store(store) if store else None,
         SessionsConfig(session_ttl=session_ttl, max_sessions=max_sessions),
+        choose_prefix_store(store, prefix_store * MIB, config),
     )
     uvicorn_config = uvicorn.Config(
         application,
@@ -137,6 +139,19 @@ def serve(
 def default_threads(network: AFTForCausalLM) -> int:
     """Beside a small model, HTTP takes most of a core, and a step that wants that one too waits for it."""
     return max(1, torch.get_num_threads() - (network.num_parameters < SMALL_MODEL))
+
+
+def choose_prefix_store(store: str | None, max_bytes: int, config: EngineConfig) -> PrefixStore | None:
+    """Raises ConfigurationError, also for what could never be used."""
+    if max_bytes < 0:
+        raise ConfigurationError(f"prefix_store must be at least 0, not {max_bytes // MIB}.")
+    if not max_bytes:
+        return None
+    if not store:
+        raise ConfigurationError("prefix_store needs store, an SQLite file or a Redis; set it or leave both out.")
+    if not config.prefix_cache_bytes:
+        raise ConfigurationError("prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1.")
+    return open_prefix_store(store, max_bytes)
 
 
 def _api_keys(given: str | None, path: Path | None) -> tuple[str, ...]:
