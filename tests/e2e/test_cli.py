@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx2
 
-from server.cli import default_threads
+from server.config import default_threads
 from tests.conftest import random_model, tiny_config
 from tests.e2e.conftest import Server
 

@@ -1,0 +1,85 @@
+"""What `aft serve` is told, and the application made of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+
+from model.checkpoint import load_checkpoint
+from model.transformer import AFTForCausalLM
+from server.api.app import create_app
+from server.api.chat_template import ChatTemplate
+from server.api.config import APIConfig
+from server.engine import EngineConfig, LLMEngine
+from server.errors import ConfigurationError
+from server.logs import LogFormat, configure_logging
+from server.sessions import SessionsConfig, SQLiteStore
+
+SMALL_MODEL = 30_000_000  # parameters
+# The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
+SWITCH_SECONDS = 0.0005
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Raises ConfigurationError, naming the field, for values out of range. It can be sent to another process.
+
+    model          checkpoint folder
+    threads        CPU threads of a step; None leaves it to the size of the model
+    session_store  SQLite file that keeps sessions; None is in memory
+    drain_timeout  seconds that running requests get at the end
+    replicas       processes that serve, at least; max_replicas: at most, None for as many as replicas
+    """
+
+    model: Path
+    device: str
+    threads: int | None
+    host: str
+    port: int
+    session_store: Path | None
+    drain_timeout: float
+    log_format: LogFormat
+    replicas: int
+    max_replicas: int | None
+    api: APIConfig
+    engine: EngineConfig
+    sessions: SessionsConfig
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigurationError(f"replicas must be at least 1, not {self.replicas}.")
+        if self.most_replicas < self.replicas:
+            raise ConfigurationError(
+                f"max_replicas must be at least replicas = {self.replicas}, not {self.max_replicas}."
+            )
+        if self.most_replicas > 1 and self.session_store is None:
+            raise ConfigurationError(
+                "session_store must be given where there are several replicas, so that they share it."
+            )
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
+    def build(self) -> FastAPI:
+        """Make this process ready to serve, and the application that does. Raises ModelError and ConfigurationError."""
+        configure_logging(self.log_format)
+        network, tokenizer = load_checkpoint(self.model, self.device)
+        torch.set_num_threads(self.threads or default_threads(network))
+        sys.setswitchinterval(SWITCH_SECONDS)
+        return create_app(
+            LLMEngine(network, tokenizer, self.engine),
+            self.api,
+            ChatTemplate.load(self.model),
+            SQLiteStore(self.session_store) if self.session_store else None,
+            self.sessions,
+        )
+
+
+def default_threads(network: AFTForCausalLM) -> int:
+    """Beside a small model, HTTP takes most of a core, and a step that wants that one too waits for it."""
+    return max(1, torch.get_num_threads() - (network.num_parameters < SMALL_MODEL))
