@@ -61,8 +61,8 @@ def serve(
     chunk_size: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, between tokens of others.")] = 256,
     prefix_cache: Annotated[int, typer.Option(help="MiB of states after prompts that may come again.")] = 256,
     batch_invariant: Annotated[bool, typer.Option(help="Bitwise the same text in any batch; slower.")] = False,
-    session_store: Annotated[
-        Path | None, typer.Option(help="SQLite file that keeps sessions; in memory if left out.")
+    store: Annotated[
+        str | None, typer.Option(help="SQLite file or redis:// URL that keeps sessions; in memory if left out.")
     ] = None,
     session_ttl: Annotated[float, typer.Option(help="Seconds after its last use when a session is forgotten.")] = 86400,
     max_sessions: Annotated[int, typer.Option(help="Sessions of one API key.")] = 10_000,
@@ -97,7 +97,7 @@ def serve(
         threads=threads,
         host=host,
         port=port,
-        session_store=session_store.resolve() if session_store else None,
+        store=store if store is None or "://" in store else str(Path(store).resolve()),
         drain_timeout=drain_timeout,
         log_format=log_format,
         replicas=replicas,

@@ -17,7 +17,7 @@ from server.api.config import APIConfig
 from server.engine import EngineConfig, LLMEngine
 from server.errors import ConfigurationError
 from server.logs import LogFormat, configure_logging
-from server.sessions import SessionsConfig, SQLiteStore
+from server.sessions import SessionsConfig, open_store
 
 SMALL_MODEL = 30_000_000  # parameters
 # The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
@@ -30,7 +30,7 @@ class ServerConfig:
 
     model          checkpoint folder
     threads        CPU threads of a step; None leaves it to the size of the model
-    session_store  SQLite file that keeps sessions; None is in memory
+    store          SQLite file or URL of a Redis that keeps sessions; None is in memory
     drain_timeout  seconds that running requests get at the end
     replicas       processes that serve, at least; max_replicas: at most, None for as many as replicas
     """
@@ -40,7 +40,7 @@ class ServerConfig:
     threads: int | None
     host: str
     port: int
-    session_store: Path | None
+    store: str | None
     drain_timeout: float
     log_format: LogFormat
     replicas: int
@@ -56,10 +56,8 @@ class ServerConfig:
             raise ConfigurationError(
                 f"max_replicas must be at least replicas = {self.replicas}, not {self.max_replicas}."
             )
-        if self.most_replicas > 1 and self.session_store is None:
-            raise ConfigurationError(
-                "session_store must be given where there are several replicas, so that they share it."
-            )
+        if self.most_replicas > 1 and self.store is None:
+            raise ConfigurationError("store must be given where there are several replicas, so that they share it.")
 
     @property
     def most_replicas(self) -> int:
@@ -75,7 +73,7 @@ class ServerConfig:
             LLMEngine(network, tokenizer, self.engine),
             self.api,
             ChatTemplate.load(self.model),
-            SQLiteStore(self.session_store) if self.session_store else None,
+            open_store(self.store) if self.store else None,
             self.sessions,
         )
 

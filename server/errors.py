@@ -37,6 +37,10 @@ class QuotaError(ServerError):
     """The owner has as many sessions as are allowed."""
 
 
+class StoreUnavailableError(ServerError):
+    """The store of sessions does not answer; the same request may succeed later."""
+
+
 class OverloadedError(ServerError):
     """The queue is full; the same request may succeed later."""
 

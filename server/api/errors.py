@@ -25,6 +25,7 @@ from server.errors import (
     RequestTimeoutError,
     ShuttingDownError,
     SlowReaderError,
+    StoreUnavailableError,
     UnauthorizedError,
 )
 
@@ -61,6 +62,7 @@ MEANINGS: dict[type[Exception], Meaning] = {
     GenerationError: Meaning(424, "generation", "generation_error"),
     RequestTimeoutError: Meaning(504, "generation", "timeout_error", "deadline_exceeded"),
     ShuttingDownError: Meaning(503, "overloaded", "service_unavailable_error", "shutting_down"),
+    StoreUnavailableError: Meaning(503, "overloaded", "service_unavailable_error", "store_unavailable"),
 }
 RETRY_AFTER_SECONDS = "1"
 

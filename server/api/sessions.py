@@ -17,7 +17,9 @@ FILE = "application/octet-stream"
 MAX_FORKS = 256
 
 SessionId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
-RESPONSES: dict[int | str, dict[str, Any]] = {status: TGI_RESPONSES[status] for status in (401, 404, 413, 422, 429)}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: TGI_RESPONSES[status] for status in (401, 404, 413, 422, 429, 503)
+}
 FILE_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
 }

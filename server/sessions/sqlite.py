@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from server.errors import ConfigurationError
-from server.sessions.store import Session
+from server.sessions.store import Session, unavailable
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -42,7 +42,7 @@ class SQLiteStore:
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.executescript(SCHEMA)
         except sqlite3.Error as error:
-            raise ConfigurationError(f"The session store {path} cannot be opened: {error}.") from error
+            raise ConfigurationError(f"The store {path} cannot be opened: {error}.") from error
         self._lock = threading.Lock()
 
     def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
@@ -83,8 +83,8 @@ class SQLiteStore:
         )
         return [Session(*row) for row in rows.fetchall()]
 
-    def remove_expired(self, now: float) -> int:
-        return self._execute("DELETE FROM sessions WHERE expires_at <= ?", (now,)).rowcount
+    def remove_expired(self, now: float) -> None:
+        self._execute("DELETE FROM sessions WHERE expires_at <= ?", (now,))
 
     def close(self) -> None:
         with self._lock:
@@ -92,4 +92,7 @@ class SQLiteStore:
 
     def _execute(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
         with self._lock:  # one statement is one transaction
-            return self._connection.execute(statement, values)
+            try:
+                return self._connection.execute(statement, values)
+            except sqlite3.OperationalError as error:  # locked, the disk is full
+                raise unavailable(error) from error

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
+
+from server.errors import StoreUnavailableError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Session:
 class SessionStore(Protocol):
     """Called from several threads, and by several servers at a time. Each method happens whole or not at all.
 
-    A session is visible to its owner only, and not after its time.
+    A session is visible to its owner only, and not after its time. A store that fails raises StoreUnavailableError, and
+    has then done all of what it was asked or nothing.
     """
 
     def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
@@ -40,8 +46,14 @@ class SessionStore(Protocol):
     def list(self, owner: str, now: float) -> list[Session]:
         """The sessions of an owner, last used first."""
 
-    def remove_expired(self, now: float) -> int:
-        """Forget sessions whose time is over; returns how many."""
+    def remove_expired(self, now: float) -> None:
+        """Forget sessions whose time is over."""
 
     def close(self) -> None:
         """Let go of files and connections."""
+
+
+def unavailable(error: Exception) -> StoreUnavailableError:
+    """What a client is told; the cause, with its addresses and paths, is for the log."""
+    logger.warning("The store failed: %s", error)
+    return StoreUnavailableError("The store of sessions does not answer; the same request may succeed later.")

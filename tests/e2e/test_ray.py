@@ -22,8 +22,9 @@ from model import load_checkpoint
 from server.api.app import create_app
 from server.engine import EngineConfig, LLMEngine
 from tests.e2e.conftest import Server
+from tests.redis_server import RedisServer, needs_redis
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+pytestmark = [needs_redis, pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")]
 
 N_SESSIONS = 16
 SAID = ["The fox", " and the bird", " sat in the sun", " and then", " One day", " The end"]
@@ -33,20 +34,12 @@ ENDLESS = {"max_new_tokens": 10**6, "grammar": {"type": "regex", "value": "[a-z]
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    store = tmp_path_factory.mktemp("ray") / "sessions.sqlite"
-    arguments = [
-        "--ray",
-        "--replicas",
-        "2",
-        "--model",
-        str(checkpoint),
-        "--session-store",
-        str(store),
-        "--threads",
-        "1",
-    ]
-    arguments += ["--batch-invariant", "--max-num-seqs", "4", "--max-queue-length", "4"]
-    with Server(*arguments, "--drain-timeout", str(DRAIN_SECONDS), RAY_ADDRESS="local") as server:
+    arguments = ["--ray", "--replicas", "2", "--model", str(checkpoint), "--threads", "1", "--batch-invariant"]
+    arguments += ["--max-num-seqs", "4", "--max-queue-length", "4", "--drain-timeout", str(DRAIN_SECONDS)]
+    with (
+        RedisServer(tmp_path_factory.mktemp("redis")) as redis,
+        Server(*arguments, "--store", redis.url, RAY_ADDRESS="local") as server,
+    ):
         yield server
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from model import Tokenizer
 from server.engine import AsyncEngine, LLMEngine, SamplingParams
@@ -22,62 +27,152 @@ from server.errors import (
     InvalidConversationError,
     NotFoundError,
     QuotaError,
+    StoreUnavailableError,
 )
-from server.sessions import Session, Sessions, SessionsConfig, SQLiteStore
+from server.sessions import Session, Sessions, SessionsConfig, SessionStore, SQLiteStore, open_store, sqlite
 from tests.conftest import random_model, tiny_config
+from tests.redis_server import RedisServer, needs_redis
 
 N_KILLS = 10
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SQLiteStore]:
-    store = SQLiteStore(tmp_path / "sessions.sqlite")
-    yield store
-    store.close()
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SessionStore]:
+    with RedisServer(tmp_path) if request.param == "redis" else nullcontext() as redis:
+        store = open_store(redis.url if redis else str(tmp_path / "sessions.sqlite"))
+        yield store
+        store.close()
 
 
-def session(name: str, turn: int = 0, owner: str = "", expires_at: float = 100.0) -> Session:
-    return Session(name, owner, turn, 7 * turn, 1.0, 2.0 + turn, expires_at)
+NOW = time.time()  # Redis forgets by its own clock
 
 
-def test_a_store_gives_back_what_it_was_given(store: SQLiteStore) -> None:
+def session(name: str, turn: int = 0, owner: str = "", expires_in: float = 100.0) -> Session:
+    return Session(name, owner, turn, 7 * turn, NOW, NOW + turn, NOW + expires_in)
+
+
+def test_a_store_gives_back_what_it_was_given(store: SessionStore) -> None:
     assert store.create(session("a"), b"", 9)
-    assert store.load("a", "", 50) == (session("a"), b"")
+    assert store.load("a", "", NOW) == (session("a"), b"")
     assert store.commit(session("a", 1), b"one")
-    assert store.load("a", "", 50) == (Session("a", "", 1, 7, 1.0, 3.0, 100.0), b"one")
+    assert store.load("a", "", NOW) == (session("a", 1), b"one")
     assert not store.commit(session("a", 1), b"the same turn by another server")
     assert not store.commit(session("a", 3), b"a turn too far")
     assert not store.commit(session("b", 1), b"nobody")
-    assert store.load("a", "", 50) == (Session("a", "", 1, 7, 1.0, 3.0, 100.0), b"one")
+    assert store.load("a", "", NOW) == (session("a", 1), b"one")
     assert store.delete("a", "")
     assert not store.delete("a", "")
-    assert store.load("a", "", 50) is None
+    assert store.load("a", "", NOW) is None
 
 
-def test_owners_do_not_see_each_other_and_have_quotas(store: SQLiteStore) -> None:
+def test_owners_do_not_see_each_other_and_have_quotas(store: SessionStore) -> None:
     assert store.create(session("a", owner="x"), b"", 2)
     assert store.create(session("b", owner="x"), b"", 2)
     assert not store.create(session("c", owner="x"), b"", 2)
     assert store.create(session("d", owner="y"), b"", 2)
-    assert store.load("a", "y", 50) is None
+    assert store.load("a", "y", NOW) is None
     assert not store.delete("a", "y")
     assert not store.commit(session("a", 1, owner="y"), b"")
-    assert {found.session_id for found in store.list("x", 50)} == {"a", "b"}
+    assert {found.session_id for found in store.list("x", NOW)} == {"a", "b"}
 
 
-def test_sessions_end_with_their_time(store: SQLiteStore) -> None:
-    store.create(session("a", expires_at=10), b"", 9)
-    store.create(session("b", expires_at=20), b"", 9)
-    assert store.load("a", "", 10) is None
-    assert [found.session_id for found in store.list("", 15)] == ["b"]
-    assert store.remove_expired(15) == 1
-    assert store.load("b", "", 15) is not None
+def test_sessions_end_with_their_time(store: SessionStore) -> None:
+    assert store.create(session("a", expires_in=10), b"", 2)
+    assert store.create(session("b", expires_in=20), b"", 2)
+    assert store.load("a", "", NOW + 10) is None
+    assert [found.session_id for found in store.list("", NOW + 15)] == ["b"]
+    store.remove_expired(NOW + 15)
+    assert store.load("b", "", NOW + 15) is not None
+    assert store.create(replace(session("c"), created_at=NOW + 15), b"", 2)
+    assert not store.create(replace(session("d"), created_at=NOW + 15), b"", 2)
+
+
+def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "sessions.sqlite")
+    store.create(session("a", expires_in=10), b"", 9)
+    store.remove_expired(NOW + 15)
+    assert store.load("a", "", NOW) is None
+    store.close()
+
+
+@needs_redis
+def test_what_has_ended_takes_no_room_in_redis(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server, Redis.from_url(server.url) as client:
+        store = open_store(server.url)
+        store.create(replace(session("a"), expires_at=time.time() + 0.2), b"", 9)
+        assert len(client.keys()) == 2
+        time.sleep(0.3)
+        assert client.keys() == []
+        store.close()
+
+
+@needs_redis
+def test_the_last_place_goes_to_one_of_several_servers(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server:
+        stores = [open_store(server.url) for _ in range(4)]
+        with ThreadPoolExecutor(8) as pool:
+            created = list(pool.map(lambda i: stores[i % 4].create(session(f"{i}"), b"", 10), range(40)))
+            assert sum(created) == 10
+            name = str(created.index(True))
+            committed = list(pool.map(lambda i: stores[i % 4].commit(session(name, 1), b"%d" % i), range(40)))
+            assert sum(committed) == 1
+        assert stores[0].load(name, "", NOW) == (session(name, 1), b"%d" % committed.index(True))
+        for store in stores:
+            store.close()
+
+
+@needs_redis
+def test_a_lost_redis_fails_one_request_after_another_until_it_is_back(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server:
+        store = open_store(server.url)
+        store.create(session("a"), b"", 9)
+        server.kill()
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match="does not answer"):
+                store.load("a", "", NOW)
+            with pytest.raises(StoreUnavailableError, match="does not answer"):
+                store.commit(session("a", 1), b"one")
+        server.start()
+        assert store.commit(session("a", 1), b"one")
+        server.kill()
+        server.start()
+        assert store.load("a", "", NOW) == (session("a", 1), b"one")
+        store.close()
+
+
+def test_a_locked_file_fails_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.1)
+    store = SQLiteStore(tmp_path / "sessions.sqlite")
+    other = sqlite3.connect(tmp_path / "sessions.sqlite")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StoreUnavailableError, match="does not answer"):
+        store.create(session("a"), b"", 9)
+    other.close()
+    assert store.create(session("a"), b"", 9)
+    store.close()
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("this is no database" * 100)
     with pytest.raises(ConfigurationError, match="cannot be opened"):
-        SQLiteStore(tmp_path / "text")
+        open_store(str(tmp_path / "text"))
+
+
+def test_a_url_that_is_no_store_is_refused_without_its_password() -> None:
+    for url, sentence in (
+        ("redis://:secret@127.0.0.1:1/0", "The store at 127.0.0.1 cannot be opened: .*refused"),
+        ("redis://:secret/@127.0.0.1", "store is no URL of a Redis"),
+        ("postgres://user:secret@host", "store must be the path of a file, redis:// or rediss://, not postgres://."),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence) as raised:
+            open_store(url)
+        assert "secret" not in str(raised.value)
+
+
+def test_redis_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "server.sessions.redis", None)
+    with pytest.raises(ConfigurationError, match=r"needs pip install 'aft-server\[redis\]'"):
+        open_store("redis://127.0.0.1")
 
 
 WRITER = """
@@ -114,7 +209,7 @@ def test_kill_9_loses_no_committed_turn(tmp_path: Path) -> None:
 
 
 def in_sessions(
-    store: SQLiteStore,
+    store: SessionStore,
     tokenizer: Tokenizer,
     main: Callable[[Sessions, AsyncEngine], Coroutine[Any, Any, None]],
     clock: Callable[[], float] = time.time,
@@ -143,7 +238,7 @@ async def take_turn(sessions: Sessions, engine: AsyncEngine, name: str, ids: lis
         stream.close()
 
 
-def test_turns_give_the_text_of_one_request(store: SQLiteStore, tokenizer: Tokenizer) -> None:
+def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Tokenizer) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         seen: list[int] = []
@@ -162,7 +257,7 @@ def test_turns_give_the_text_of_one_request(store: SQLiteStore, tokenizer: Token
     in_sessions(store, tokenizer, main)
 
 
-def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(store: SQLiteStore, tokenizer: Tokenizer) -> None:
+def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(store: SessionStore, tokenizer: Tokenizer) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         await take_turn(sessions, engine, name, [1, 5])
@@ -183,7 +278,7 @@ def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(store: SQLiteSto
     in_sessions(store, tokenizer, main)
 
 
-def test_another_servers_turn_wins_if_it_was_first(store: SQLiteStore, tokenizer: Tokenizer) -> None:
+def test_another_servers_turn_wins_if_it_was_first(store: SessionStore, tokenizer: Tokenizer) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         other = Sessions(store, engine.engine)
@@ -201,7 +296,7 @@ def test_another_servers_turn_wins_if_it_was_first(store: SQLiteStore, tokenizer
     in_sessions(store, tokenizer, main)
 
 
-def test_forks_exports_and_imports(store: SQLiteStore, tokenizer: Tokenizer) -> None:
+def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         with pytest.raises(NotFoundError, match="has no turn yet"):
@@ -222,8 +317,8 @@ def test_forks_exports_and_imports(store: SQLiteStore, tokenizer: Tokenizer) -> 
     in_sessions(store, tokenizer, main)
 
 
-def test_quotas_and_expiry(store: SQLiteStore, tokenizer: Tokenizer) -> None:
-    now = [1000.0]
+def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer) -> None:
+    now = [time.time()]
 
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         first = (await sessions.create("me")).session_id

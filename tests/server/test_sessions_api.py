@@ -14,7 +14,8 @@ from model import Tokenizer, load_checkpoint
 from server.api.app import create_app
 from server.api.config import APIConfig
 from server.engine import LLMEngine
-from server.sessions import SessionsConfig, SQLiteStore
+from server.sessions import SessionsConfig, SQLiteStore, open_store
+from tests.redis_server import RedisServer, needs_redis
 
 PARAMETERS = {"max_new_tokens": 6, "details": True}
 
@@ -170,6 +171,29 @@ def test_keys_have_their_own_sessions_and_quotas(checkpoint: Path, tmp_path: Pat
         assert client.post("/generate", json={"inputs": "a", "session_id": name}, headers=two).status_code == 404
         assert client.post("/generate", json={"inputs": "a", "session_id": name}, headers=one).status_code == 200
         assert len(client.get("/sessions", headers=one).json()["sessions"]) == 1
+
+
+@needs_redis
+def test_without_redis_sessions_get_503_and_others_are_served(checkpoint: Path, tmp_path: Path) -> None:
+    model, words = load_checkpoint(checkpoint)
+    with RedisServer(tmp_path) as redis:
+        app = create_app(LLMEngine(model, words), store=open_store(redis.url))
+        with TestClient(app) as client:
+            name = new(client)
+            turn(client, name, "The fox")
+            redis.kill()
+            lost = [client.post("/sessions"), client.post("/generate", json={"inputs": " and", "session_id": name})]
+            for answer in lost:
+                assert (answer.status_code, answer.json()["error_type"]) == (503, "overloaded")
+                assert answer.json()["error"].startswith("The store of sessions does not answer")
+                assert "retry-after" in answer.headers
+            completion = client.post("/v1/completions", json={"prompt": "a", "session_id": name})
+            assert completion.status_code == 503
+            assert completion.json()["error"]["code"] == "store_unavailable"
+            assert client.post("/generate", json={"inputs": "The fox"}).status_code == 200
+            redis.start()
+            turn(client, name, " and")
+            assert client.get(f"/sessions/{name}").json()["turns"] == 2
 
 
 def test_sessions_survive_the_server(checkpoint: Path, tmp_path: Path) -> None:

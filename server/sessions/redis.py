@@ -1,0 +1,151 @@
+"""Sessions in Redis: the store of several machines.
+
+Each session is a hash, which Redis forgets at its time; each owner has a sorted set of session ids by their ends. What
+reads and then writes is a script, so that it happens whole also between servers. Not for Redis Cluster: a script
+touches keys of several slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis import Redis, RedisError
+from redis.backoff import NoBackoff
+from redis.commands.core import Script
+from redis.retry import Retry
+
+from server.errors import ConfigurationError
+from server.sessions.store import Session, unavailable
+
+SESSION, OWNER = "aft:session:", "aft:sessions-of:"  # prefixes of keys
+FIELDS = [field.name for field in fields(Session)]
+TIMEOUT_SECONDS = 10.0
+
+# KEYS: session, owner. The owner's set lives as long as the last of its sessions.
+SAVE = """
+local function save(id, end_s, end_ms, from)
+    redis.call('HSET', KEYS[1], unpack(ARGV, from))
+    redis.call('PEXPIREAT', KEYS[1], end_ms)
+    redis.call('ZADD', KEYS[2], end_s, id)
+    local last = redis.call('ZRANGE', KEYS[2], -1, -1, 'WITHSCORES')[2]
+    redis.call('PEXPIREAT', KEYS[2], math.ceil(tonumber(last) * 1000))
+    return 1
+end
+"""
+# ARGV: id, end in seconds, end in milliseconds, now, most sessions, fields and values.
+CREATE = f"""{SAVE}
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[4])
+if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5]) then return 0 end
+return save(ARGV[1], ARGV[2], ARGV[3], 6)
+"""
+# ARGV: id, end in seconds, end in milliseconds, owner, turn before, fields and values.
+COMMIT = f"""{SAVE}
+local found = redis.call('HMGET', KEYS[1], 'owner', 'turn')
+if found[1] ~= ARGV[4] or found[2] ~= ARGV[5] then return 0 end
+return save(ARGV[1], ARGV[2], ARGV[3], 6)
+"""
+# ARGV: id, owner.
+DELETE = """
+if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[2] then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[1])
+return redis.call('DEL', KEYS[1])
+"""
+# KEYS: owner. ARGV: now, prefix of sessions, names of fields.
+LIST = """
+local found = {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[1], '+inf')) do
+    table.insert(found, redis.call('HMGET', ARGV[2] .. id, unpack(ARGV, 3)))
+end
+return found
+"""
+
+
+class RedisStore:
+    """url: redis://[user:password@]host:port/database, or rediss:// for TLS. Use as `SessionStore` says.
+
+    Raises ConfigurationError if there is no Redis at `url`, StoreUnavailableError if it fails later. Whether a turn
+    that was answered survives the loss of Redis is Redis' setting: appendonly yes, appendfsync always.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._client = connect(url)
+        scripts = (CREATE, COMMIT, DELETE, LIST)
+        self._create, self._commit, self._delete, self._list = map(self._client.register_script, scripts)
+
+    def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
+        return self._save(self._create, session, data, repr(session.created_at), max_per_owner)
+
+    def load(self, session_id: str, owner: str, now: float) -> tuple[Session, bytes] | None:
+        try:
+            values: list[Any] = self._client.hmget(SESSION + session_id, [*FIELDS, "data"])
+        except RedisError as error:
+            raise unavailable(error) from error
+        session = _session(values[:-1])
+        if session is None or session.owner != owner or session.expires_at <= now:
+            return None
+        return session, values[-1]
+
+    def commit(self, session: Session, data: bytes) -> bool:
+        return self._save(self._commit, session, data, session.owner, session.turn - 1)
+
+    def delete(self, session_id: str, owner: str) -> bool:
+        return bool(self._run(self._delete, [SESSION + session_id, OWNER + owner], session_id, owner))
+
+    def list(self, owner: str, now: float) -> list[Session]:
+        rows = self._run(self._list, [OWNER + owner], repr(now), SESSION, *FIELDS)
+        found = [session for row in rows if (session := _session(row))]
+        return sorted(found, key=lambda session: session.used_at, reverse=True)
+
+    def remove_expired(self, now: float) -> None:
+        """Nothing: Redis forgets each session at its time."""
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _save(self, script: Script, session: Session, data: bytes, *condition: str | int) -> bool:
+        keys = [SESSION + session.session_id, OWNER + session.owner]
+        end = (repr(session.expires_at), math.ceil(session.expires_at * 1000))
+        values = [item for name in FIELDS for item in (name, _text(getattr(session, name)))]
+        return bool(self._run(script, keys, session.session_id, *end, *condition, *values, "data", data))
+
+    def _run(self, script: Script, keys: Sequence[str], *arguments: Any) -> Any:
+        try:
+            return script(keys, arguments)
+        except RedisError as error:
+            raise unavailable(error) from error
+
+
+def connect(url: str) -> Redis:
+    """Raises ConfigurationError, which does not tell the password, if there is no Redis at `url`.
+
+    A command that fails is not sent again: it may have been done, and a turn must not be stored twice.
+    """
+    try:
+        client = Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_SECONDS,
+            socket_connect_timeout=TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 0),
+        )
+        client.ping()
+    except RedisError as error:
+        raise ConfigurationError(f"The store at {urlsplit(url).hostname} cannot be opened: {error}") from error
+    except ValueError:  # whose words may be a part of the password
+        raise ConfigurationError("store is no URL of a Redis; a password in it is percent-encoded.") from None
+    return client
+
+
+def _text(value: object) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _session(values: Sequence[bytes | None]) -> Session | None:
+    """From the values of FIELDS; None where there is no session."""
+    if None in values:
+        return None
+    session_id, owner, turn, num_tokens, *times = [value.decode() for value in values if value is not None]
+    return Session(session_id, owner, int(turn), int(num_tokens), *map(float, times))
