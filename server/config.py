@@ -57,7 +57,7 @@ class ServerConfig:
                 f"max_replicas must be at least replicas = {self.replicas}, not {self.max_replicas}."
             )
         if self.most_replicas > 1 and self.store is None:
-            raise ConfigurationError("store must be given where there are several replicas, so that they share it.")
+            raise ConfigurationError("store must be given for several replicas, which share it.")
 
     @property
     def most_replicas(self) -> int:

@@ -29,10 +29,6 @@ def test_mistakes_are_a_sentence(tmp_path: Path, checkpoint: Path) -> None:
         (["--model", str(checkpoint), "--max-model-len", "1"], "max_model_len must be at least 2, not 1."),
         (["--model", str(checkpoint), "--api-key-file", str(tmp_path / "none")], "api_key_file cannot be read"),
         (["--model", str(checkpoint), "--api-key-file", os.devnull], "api_keys and api_key_file hold no key"),
-        (["--replicas", "0"], "replicas must be at least 1, not 0."),
-        (["--max-replicas", "0"], "max_replicas must be at least replicas = 1, not 0."),
-        (["--ray", "--replicas", "2"], "store must be given where there are several replicas"),
-        (["--replicas", "2", "--store", str(tmp_path / "store")], "replicas and max_replicas need --ray."),
         (["--ray", "--device", "cuda:1"], "device must be cpu or cuda with --ray"),
         (["--model", str(checkpoint), "--store", "redis://127.0.0.1:1"], "The store at 127.0.0.1 cannot be opened"),
     ):

@@ -1,4 +1,4 @@
-"""Two replicas under Ray Serve, one store. The tests share them, and the last one ends them."""
+"""Two replicas under Ray Serve, one store. The tests share them; the one of SIGTERM is the last that can."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import yaml
 from fastapi.testclient import TestClient
 
 from model import load_checkpoint
@@ -99,10 +103,13 @@ def replica_of(client: httpx2.Client, header: str) -> str:
     return name
 
 
+def headers_of_two_replicas(client: httpx2.Client) -> list[str]:
+    return list({replica_of(client, f"s{i}"): f"s{i}" for i in range(16)}.values())
+
+
 def test_of_two_turns_at_two_replicas_the_first_to_end_is_kept(client: httpx2.Client) -> None:
     session = new_session(client)
-    here = "s0"
-    there = next(f"s{i}" for i in range(1, 100) if replica_of(client, f"s{i}") != replica_of(client, here))
+    here, there = headers_of_two_replicas(client)
     body = {"inputs": "The fox", "parameters": {**ENDLESS, "max_new_tokens": 300}, "session_id": session}
     with client.stream("POST", "/generate_stream", json=body, headers={"x-session-id": here}) as slow:
         events = (json.loads(line.removeprefix("data:")) for line in slow.iter_lines() if line)
@@ -134,7 +141,7 @@ def test_a_killed_replica_loses_no_turn(
 ) -> None:
     sessions = [new_session(client) for _ in range(N_SESSIONS)]
     failed: list[str] = []
-    n_done = Counter[int]()
+    begun = threading.Barrier(N_SESSIONS + 1, timeout=60)
 
     def converse(i: int) -> None:
         """Retries as a client should: it asks first whether the turn was kept."""
@@ -152,12 +159,13 @@ def test_a_killed_replica_loses_no_turn(
                 except httpx2.TransportError as error:
                     failed.append(repr(error))
                 time.sleep(0.1)
-            n_done[i] += 1
+            if j == 0:
+                begun.wait()
 
     with ThreadPoolExecutor(N_SESSIONS) as pool:
         conversations = [pool.submit(converse, i) for i in range(N_SESSIONS)]
-        while sum(n_done.values()) < N_SESSIONS:
-            time.sleep(0.01)
+        begun.wait()
+        time.sleep(0.1)  # by now second turns are under way
         os.kill(pid_of_a_replica(server), signal.SIGKILL)
         for conversation in conversations:
             conversation.result()
@@ -166,6 +174,10 @@ def test_a_killed_replica_loses_no_turn(
     print(f"{len(failed)} requests failed: {Counter(failed)}")
     turns = [client.get(f"/sessions/{name}").json()["turns"] for name in sessions]
     assert turns == [len(SAID)] * N_SESSIONS
+    deadline = time.monotonic() + 60
+    while len({replica_of(client, f"s{i}") for i in range(16)}) < 2:  # until Ray has replaced it
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def pid_of_a_replica(server: Server) -> int:
@@ -173,17 +185,39 @@ def pid_of_a_replica(server: Server) -> int:
 
 
 def test_sigterm_drains_every_replica(server: Server, client: httpx2.Client) -> None:
-    assert client.get("/health").status_code == 200
-    with client.stream("POST", "/generate_stream", json={"inputs": "The fox", "parameters": ENDLESS}) as stream:
-        lines = (line for line in stream.iter_lines() if line)
-        assert '"token"' in next(lines)
-        started = time.monotonic()
+    body = {"inputs": "The fox", "parameters": ENDLESS}
+    started = threading.Barrier(3)
+
+    def last_event(header: str) -> dict[str, Any]:
+        with client.stream("POST", "/generate_stream", json=body, headers={"x-session-id": header}) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            assert '"token"' in next(lines)
+            started.wait()
+            *_, last = lines
+        event: dict[str, Any] = json.loads(last.removeprefix("data:"))
+        return event
+
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(last_event, header) for header in headers_of_two_replicas(client)]
+        started.wait()
+        since = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         while client.get("/ready").status_code == 200:
-            assert time.monotonic() - started < DRAIN_SECONDS
-        refused = client.post("/generate", json={"inputs": "The fox"})
-        assert refused.status_code == 503
-        *_, last = lines
-    assert json.loads(last.removeprefix("data:"))["error"] == "The server is shutting down."
-    assert time.monotonic() - started > DRAIN_SECONDS
+            assert time.monotonic() - since < DRAIN_SECONDS
+        assert client.post("/generate", json={"inputs": "The fox"}).status_code == 503
+        for stream in streams:
+            assert stream.result()["error"] == "The server is shutting down."
+    assert time.monotonic() - since >= DRAIN_SECONDS
     assert server.process.wait(timeout=30) == 0
+
+
+def test_serve_run_has_the_options_as_variables(tmp_path: Path) -> None:
+    variables = {"AFT_REPLICAS": "2", "AFT_MAX_REPLICAS": "4", "AFT_STORE": "redis://host", "AFT_DEVICE": "cuda"}
+    variables |= {"AFT_MAX_NUM_SEQS": "7", "AFT_MAX_QUEUE_LENGTH": "20", "AFT_DRAIN_TIMEOUT": "60", "AFT_THREADS": "3"}
+    command = [sys.executable, "-m", "ray.serve.scripts", "build", "server.deploy.ray_serve:app"]
+    subprocess.run([*command, "-o", str(tmp_path / "serve.yaml")], check=True, env={**os.environ, **variables})
+    (replica,) = yaml.safe_load((tmp_path / "serve.yaml").read_text())["applications"][0]["deployments"]
+    assert replica["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 4, "target_ongoing_requests": 7}
+    assert replica["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 1}
+    assert (replica["max_ongoing_requests"], replica["max_queued_requests"]) == (27, 27)
+    assert replica["graceful_shutdown_timeout_s"] > 60
