@@ -109,26 +109,27 @@ def run(config: ServerConfig) -> None:
     """
     deployed = application(config)
     ray.init(include_dashboard=False)
+    end = _signal_to_end()  # before there is anything to drain
     serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
     try:
         handle = serve.run(deployed, name=NAME)
     except RuntimeError as error:
         traceback = serve.status().applications[NAME].deployments[Replica.__name__].message
         raise ConfigurationError(f"The replicas do not start: {traceback.strip().splitlines()[-1]}") from error
-    _wait_for_signal()
+    end.wait()
     handle.broadcast("drain").results()
     serve.delete(NAME)
     ray.shutdown()
 
 
-def _wait_for_signal() -> None:
-    """A second signal ends the process at once."""
-    has_come = threading.Event()
+def _signal_to_end() -> threading.Event:
+    """Set by SIGTERM and SIGINT; a second signal ends the process at once."""
+    end = threading.Event()
 
     def on_signal(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        has_come.set()
+        end.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    has_come.wait()
+    return end
