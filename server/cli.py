@@ -64,6 +64,7 @@ def serve(
     store: Annotated[
         str | None, typer.Option(help="SQLite file or redis:// URL that keeps sessions; in memory if left out.")
     ] = None,
+    prefix_store: Annotated[int, typer.Option(help="MiB in the store for what leaves the prefix cache.")] = 0,
     session_ttl: Annotated[float, typer.Option(help="Seconds after its last use when a session is forgotten.")] = 86400,
     max_sessions: Annotated[int, typer.Option(help="Sessions of one API key.")] = 10_000,
     max_body_size: Annotated[int, typer.Option(help="MiB of a request's body.")] = 4,
@@ -98,6 +99,7 @@ def serve(
         host=host,
         port=port,
         store=store if store is None or "://" in store else str(Path(store).resolve()),
+        prefix_store=prefix_store * MIB,
         drain_timeout=drain_timeout,
         log_format=log_format,
         replicas=replicas,

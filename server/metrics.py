@@ -50,6 +50,11 @@ class Metrics:
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._prefix_cache_queries = self._counter("prefix_cache_queries", "Tokens looked for in the prefix cache.")
         self._prefix_cache_hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._external_queries = self._counter("external_prefix_cache_queries", "Tokens looked for in its store.")
+        self._external_hits = self._counter("external_prefix_cache_hits", "Tokens found in its store.")
+        self._dropped = Counter(
+            "aft:prefix_store_dropped", "Prefixes that could not be stored.", LABELS, registry=self._registry
+        ).labels(model_name)
         self._success = Counter(
             "vllm:request_success",
             "Texts that ended, by reason.",
@@ -83,6 +88,14 @@ class Metrics:
         self._prefix_cache_queries.inc(request.num_prompt_tokens)
         self._prefix_cache_hits.inc(request.num_cached_tokens)
         self._request_generation_tokens.observe(stream.num_generated_tokens)
+
+    def on_look_up(self, n_wanted: int, n_found: int) -> None:
+        self._external_queries.inc(n_wanted)
+        self._external_hits.inc(n_found)
+
+    def on_drop(self) -> None:
+        """A prefix could not be stored. May be called from any thread."""
+        self._dropped.inc()
 
     def _count_ends(self, stream: RequestStream) -> None:
         unfinished = ["error" if stream.error else "abort"] * stream.num_unfinished

@@ -18,6 +18,11 @@ torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="how often tests/e2e/test_crashes.py kills, for each store")
+
+
 STORIES = [
     "Once upon a time there was a red fox. It lived in a small house by the sea.\n\nOne day it met a blue bird.",
     "The bird said, “Good morning, fox!” The fox said, “Good morning, bird!”\n\nThey were friends for ever.",

@@ -21,7 +21,7 @@ from server.api.middleware import APIKeys, BodyLimit, RequestLog
 from server.api.openai import router as openai
 from server.api.tgi import router as tgi
 from server.api.tracing import Tracer
-from server.engine import AsyncEngine, LLMEngine
+from server.engine import AsyncEngine, LLMEngine, PrefixStore, StoredPrefixes
 from server.metrics import Metrics
 from server.sessions import Sessions, SessionsConfig, SessionStore, SQLiteStore
 
@@ -32,23 +32,29 @@ def create_app(
     chat_template: ChatTemplate | None = None,
     store: SessionStore | None = None,
     sessions_config: SessionsConfig | None = None,
+    prefix_store: PrefixStore | None = None,
 ) -> FastAPI:
     """An application that serves `engine`, whose thread runs for the application's lifetime.
 
-    store: of sessions, closed at the end; without one they are in memory, and end with the application. The engine's
-    front is at `app.state.context.engine`.
+    store: of sessions, without which they are in memory, and end with the application; prefix_store: where the prefix
+    cache goes on. Both are closed at the end. The engine's front is at `app.state.context.engine`.
     """
     config = config or APIConfig()
     metrics = Metrics(engine, config.model_name)
-    async_engine = AsyncEngine(engine, metrics)
+    stored = StoredPrefixes(prefix_store, engine, metrics.on_drop) if prefix_store else None
+    async_engine = AsyncEngine(engine, metrics, stored)
     sessions = Sessions(store or SQLiteStore(":memory:"), engine, sessions_config)
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if stored:
+            stored.start()
         async_engine.start()
         yield
         async_engine.stop()
+        if stored:
+            stored.close()
         sessions.store.close()
         if tracer:
             tracer.close()

@@ -19,7 +19,7 @@ from server.errors import ConfigurationError
 
 NAME = "aft"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-MARGIN_SECONDS = 5.0  # from the end of a drain to the end of the process
+MARGIN_SECONDS = 20.0  # after a drain, for the prefix cache to be stored
 
 
 @serve.ingress()
@@ -88,18 +88,22 @@ def application(config: ServerConfig) -> serve.Application:
         # What fails to start does so for a reason that does not pass, such as a missing file.
         "max_constructor_retry_count": 1,
         "logging_config": LoggingConfig(enable_access_log=False),  # the server writes its own
+        **_number_of_replicas(config),
     }
-    if config.most_replicas > config.replicas:
-        # The aim is a full batch in each replica, and nobody waiting.
-        options["autoscaling_config"] = AutoscalingConfig(
-            min_replicas=config.replicas,
-            max_replicas=config.most_replicas,
-            target_ongoing_requests=config.engine.max_num_seqs,
-        )
-    else:
-        options["num_replicas"] = config.replicas
     deployment: serve.Deployment = serve.deployment(**options)(Replica)
     return deployment.bind(config)
+
+
+def _number_of_replicas(config: ServerConfig) -> dict[str, Any]:
+    if config.most_replicas == config.replicas:
+        return {"num_replicas": config.replicas}
+    # The aim is a full batch in each replica, and nobody waiting.
+    autoscaling = AutoscalingConfig(
+        min_replicas=config.replicas,
+        max_replicas=config.most_replicas,
+        target_ongoing_requests=config.engine.max_num_seqs,
+    )
+    return {"autoscaling_config": autoscaling}
 
 
 def run(config: ServerConfig) -> None:

@@ -7,6 +7,7 @@ from server.engine.config import EngineConfig
 from server.engine.conversation import Conversation
 from server.engine.llm import LLM
 from server.engine.llm_engine import LLMEngine
+from server.engine.prefix_store import PrefixStore, StoredPrefixes
 from server.engine.request import FinishReason, PromptLogprob, Request, RequestOutput, TokenOutput, TopLogprobs
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "FinishReason",
     "Grammar",
     "LLMEngine",
+    "PrefixStore",
     "PromptLogprob",
     "Request",
     "RequestOutput",
     "RequestStream",
     "SamplingParams",
+    "StoredPrefixes",
     "TokenOutput",
     "TopLogprobs",
     "best",

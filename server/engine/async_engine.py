@@ -15,6 +15,8 @@ from typing import Protocol
 from model.sampling import Grammar, SamplingParams
 from server.engine.conversation import Conversation
 from server.engine.llm_engine import LLMEngine
+from server.engine.prefix_cache import Prefix
+from server.engine.prefix_store import StoredPrefixes
 from server.engine.request import FinishReason, Request, RequestOutput
 from server.engine.structured_output import GrammarCompiler, Matcher
 from server.errors import (
@@ -118,12 +120,17 @@ class Observer(Protocol):
     def on_close(self, stream: RequestStream) -> None:
         """A request was let go, done or not."""
 
+    def on_look_up(self, n_wanted: int, n_found: int) -> None:
+        """A prompt of `n_wanted` tokens was looked for in the store of prefixes, which had `n_found` of them."""
+
 
 class AsyncEngine:
     """Owns the engine's thread between `start` and `stop`. Everything else is called from one event loop."""
 
-    def __init__(self, engine: LLMEngine, observer: Observer | None = None) -> None:
-        self.engine, self._observer = engine, observer
+    def __init__(
+        self, engine: LLMEngine, observer: Observer | None = None, stored: StoredPrefixes | None = None
+    ) -> None:
+        self.engine, self._observer, self._stored = engine, observer, stored
         self._grammars = GrammarCompiler(engine.tokenizer)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
@@ -209,13 +216,14 @@ class AsyncEngine:
                 matcher=await self._compile(params.grammar) if params.grammar else None,
             )
             self.engine.check_request(request)
+            prefix = await self._look_up(request)
             self._check_ready()  # again: the engine may have stopped while the prompt was tokenised
         except BaseException:
             self._n_requests -= 1
             raise
         self._n_open += 1
         stream = RequestStream(request, self._let_go)
-        self._commands.put(lambda: self._add(request, stream))
+        self._commands.put(lambda: self._add(request, stream, prefix))
         return stream
 
     async def encode(
@@ -229,6 +237,15 @@ class AsyncEngine:
         ids = await asyncio.to_thread(tokenizer.encode, prompt) if long else tokenizer.encode(prompt)
         kept = ids if truncate is None else ids[-truncate:]
         return [tokenizer.end_of_text_id, *kept] if add_special_tokens else kept
+
+    async def _look_up(self, request: Request) -> tuple[bytes, Prefix] | None:
+        """What the prompt can go on from and only the store has, and its key in the cache."""
+        if self._stored is None or request.start is not None or request.params.prompt_logprobs is not None:
+            return None
+        found = await asyncio.to_thread(self._stored.find, request.prompt_array, request.cache_salt)
+        if self._observer:
+            self._observer.on_look_up(request.num_prompt_tokens, found[1].length if found else 0)
+        return found
 
     async def _compile(self, grammar: Grammar) -> Matcher:
         longest, timeout = self.engine.config.max_grammar_length, self.engine.config.grammar_timeout
@@ -288,8 +305,10 @@ class AsyncEngine:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody will read
             self._loop.call_soon_threadsafe(self._deliver, outputs, time.monotonic())
 
-    def _add(self, request: Request, stream: RequestStream) -> None:
+    def _add(self, request: Request, stream: RequestStream, prefix: tuple[bytes, Prefix] | None) -> None:
         self._streams[request.request_id] = stream
+        if prefix:
+            self.engine.prefix_cache.insert(*prefix)
         self.engine.add_request(request)
 
     def _abort(self, request_id: str) -> None:

@@ -265,7 +265,8 @@ class LLMEngine:
             return output
         snapshot = Snapshot(self.pool.snapshot(row), logits.clone())
         if is_cached:
-            self._remember(request, request.prompt_array + array("i", read), snapshot)
+            ids = request.prompt_array + array("i", read)
+            self.prefix_cache.put(ids, snapshot, request.cache_salt, is_generated=True)
         if not request.keep_conversation:
             return output
         # The end of a text is no part of a conversation that goes on.

@@ -1,9 +1,10 @@
-"""The store that a setting names."""
+"""The stores that a setting names."""
 
 from __future__ import annotations
 
+from server.engine import PrefixStore
 from server.errors import ConfigurationError
-from server.sessions.sqlite import SQLiteStore
+from server.sessions.sqlite import SQLitePrefixStore, SQLiteStore
 from server.sessions.store import SessionStore
 
 REDIS_SCHEMES = ("redis://", "rediss://")
@@ -11,14 +12,30 @@ REDIS_SCHEMES = ("redis://", "rediss://")
 
 def open_store(where: str) -> SessionStore:
     """where: the path of an SQLite file, or the URL of a Redis. Raises ConfigurationError if it cannot be opened."""
-    if where.startswith(REDIS_SCHEMES):
-        try:
-            from server.sessions.redis import RedisStore
-        except ImportError as error:
-            raise ConfigurationError("A store in Redis needs pip install 'aft-server[redis]'.") from error
-        return RedisStore(where)
-    if "://" in where:
-        raise ConfigurationError(
-            f"store must be the path of a file, redis:// or rediss://, not {where.split('://')[0]}://."
-        )
-    return SQLiteStore(where)
+    if not _is_redis(where):
+        return SQLiteStore(where)
+    from server.sessions.redis import RedisStore
+
+    return RedisStore(where)
+
+
+def open_prefix_store(where: str, max_bytes: int) -> PrefixStore:
+    """Of the prefix cache, in the same place. Raises as `open_store`."""
+    if not _is_redis(where):
+        return SQLitePrefixStore(where, max_bytes)
+    from server.sessions.redis import RedisPrefixStore
+
+    return RedisPrefixStore(where, max_bytes)
+
+
+def _is_redis(where: str) -> bool:
+    if not where.startswith(REDIS_SCHEMES):
+        if "://" in where:
+            scheme = where.split("://")[0]
+            raise ConfigurationError(f"store must be the path of a file, redis:// or rediss://, not {scheme}://.")
+        return False
+    try:
+        import redis  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError("A store in Redis needs pip install 'aft-server[redis]'.") from error
+    return True

@@ -1,4 +1,4 @@
-"""Sessions in Redis: the store of several machines.
+"""Sessions and prefixes in Redis: the store of several machines.
 
 Each session is a hash, which Redis forgets at its time; each owner has a sorted set of session ids by their ends. What
 reads and then writes is a script, so that it happens whole also between servers. Not for Redis Cluster: a script
@@ -8,6 +8,7 @@ touches keys of several slots.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -23,7 +24,8 @@ from server.sessions.store import Session, unavailable
 
 SESSION, OWNER = "aft:session:", "aft:sessions-of:"  # prefixes of keys
 FIELDS = [field.name for field in fields(Session)]
-TIMEOUT_SECONDS = 10.0
+PREFIX, PREFIXES, PREFIX_BYTES = "aft:prefix:", "aft:prefixes", "aft:prefix-bytes"
+TIMEOUT_SECONDS, PREFIX_TIMEOUT_SECONDS = 10.0, 1.0  # a prefix is not worth a long wait
 
 # KEYS: session, owner. The owner's set lives as long as the last of its sessions.
 SAVE = """
@@ -62,6 +64,31 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[1], '+inf')
 end
 return found
 """
+# KEYS: prefix, prefixes by their last use, their bytes. ARGV: key, now, data, most bytes, prefix of keys.
+PUT_PREFIX = """
+local total = redis.call('INCRBY', KEYS[3], #ARGV[3] - redis.call('STRLEN', KEYS[1]))
+redis.call('SET', KEYS[1], ARGV[3])
+redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
+while total > tonumber(ARGV[4]) do
+    local oldest = redis.call('ZPOPMIN', KEYS[2])[1]
+    if not oldest then -- somebody else has deleted prefixes, and the sum was wrong
+        redis.call('SET', KEYS[3], 0)
+        break
+    end
+    total = redis.call('DECRBY', KEYS[3], redis.call('STRLEN', ARGV[5] .. oldest))
+    redis.call('DEL', ARGV[5] .. oldest)
+end
+"""
+# KEYS: prefixes by their last use. ARGV: now, prefix of keys, keys.
+FIND_PREFIX = """
+for i = 3, #ARGV do
+    local data = redis.call('GET', ARGV[2] .. ARGV[i])
+    if data then
+        redis.call('ZADD', KEYS[1], ARGV[1], ARGV[i])
+        return {i - 3, data}
+    end
+end
+"""
 
 
 class RedisStore:
@@ -72,7 +99,7 @@ class RedisStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._client = connect(url)
+        self._client = connect(url, TIMEOUT_SECONDS)
         scripts = (CREATE, COMMIT, DELETE, LIST)
         self._create, self._commit, self._delete, self._list = map(self._client.register_script, scripts)
 
@@ -93,10 +120,10 @@ class RedisStore:
         return self._save(self._commit, session, data, session.owner, session.turn - 1)
 
     def delete(self, session_id: str, owner: str) -> bool:
-        return bool(self._run(self._delete, [SESSION + session_id, OWNER + owner], session_id, owner))
+        return bool(_run(self._delete, [SESSION + session_id, OWNER + owner], session_id, owner))
 
     def list(self, owner: str, now: float) -> list[Session]:
-        rows = self._run(self._list, [OWNER + owner], repr(now), SESSION, *FIELDS)
+        rows = _run(self._list, [OWNER + owner], repr(now), SESSION, *FIELDS)
         found = [session for row in rows if (session := _session(row))]
         return sorted(found, key=lambda session: session.used_at, reverse=True)
 
@@ -110,26 +137,38 @@ class RedisStore:
         keys = [SESSION + session.session_id, OWNER + session.owner]
         end = (repr(session.expires_at), math.ceil(session.expires_at * 1000))
         values = [item for name in FIELDS for item in (name, _text(getattr(session, name)))]
-        return bool(self._run(script, keys, session.session_id, *end, *condition, *values, "data", data))
-
-    def _run(self, script: Script, keys: Sequence[str], *arguments: Any) -> Any:
-        try:
-            return script(keys, arguments)
-        except RedisError as error:
-            raise unavailable(error) from error
+        return bool(_run(script, keys, session.session_id, *end, *condition, *values, "data", data))
 
 
-def connect(url: str) -> Redis:
+class RedisPrefixStore:
+    """Use as `PrefixStore` says; opened as RedisStore."""
+
+    def __init__(self, url: str, max_bytes: int) -> None:
+        self._client, self.max_bytes = connect(url, PREFIX_TIMEOUT_SECONDS), max_bytes
+        self._put, self._find = map(self._client.register_script, (PUT_PREFIX, FIND_PREFIX))
+
+    def put(self, key: bytes, data: bytes) -> None:
+        if len(data) <= self.max_bytes:
+            keys: list[str | bytes] = [PREFIX.encode() + key, PREFIXES, PREFIX_BYTES]
+            _run(self._put, keys, key, time.time(), data, self.max_bytes, PREFIX)
+
+    def find(self, keys: Sequence[bytes]) -> tuple[int, bytes] | None:
+        found = _run(self._find, [PREFIXES], time.time(), PREFIX, *keys)
+        return tuple(found) if found else None
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def connect(url: str, timeout: float) -> Redis:
     """Raises ConfigurationError, which does not tell the password, if there is no Redis at `url`.
 
-    A command that fails is not sent again: it may have been done, and a turn must not be stored twice.
+    timeout: seconds of each command. One that fails is not sent again: it may have been done, and a turn must not be
+    stored twice.
     """
     try:
         client = Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT_SECONDS,
-            socket_connect_timeout=TIMEOUT_SECONDS,
-            retry=Retry(NoBackoff(), 0),
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
         )
         client.ping()
     except RedisError as error:
@@ -137,6 +176,13 @@ def connect(url: str) -> Redis:
     except ValueError:  # whose words may be a part of the password
         raise ConfigurationError("store is no URL of a Redis; a password in it is percent-encoded.") from None
     return client
+
+
+def _run(script: Script, keys: Sequence[str | bytes], *arguments: Any) -> Any:
+    try:
+        return script(keys, arguments)
+    except RedisError as error:
+        raise unavailable(error) from error
 
 
 def _text(value: object) -> str:

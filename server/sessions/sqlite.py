@@ -1,10 +1,13 @@
-"""Sessions in an SQLite file: the store of a single machine."""
+"""Sessions and prefixes in an SQLite file: the store of a single machine."""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from server.errors import ConfigurationError
 from server.sessions.store import Session, unavailable
@@ -23,8 +26,17 @@ CREATE TABLE IF NOT EXISTS sessions (
 CREATE INDEX IF NOT EXISTS sessions_of_owner ON sessions (owner);
 CREATE INDEX IF NOT EXISTS sessions_by_end ON sessions (expires_at);
 """
+PREFIX_SCHEMA = """
+CREATE TABLE IF NOT EXISTS prefixes (
+    key BLOB PRIMARY KEY,
+    used_at REAL NOT NULL,
+    size INTEGER NOT NULL,
+    data BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS prefixes_by_use ON prefixes (used_at, size);
+"""
 FIELDS = "session_id, owner, turn, num_tokens, created_at, used_at, expires_at"
-BUSY_SECONDS = 10.0
+BUSY_SECONDS, PREFIX_BUSY_SECONDS = 10.0, 1.0  # a prefix is not worth a long wait
 
 
 class SQLiteStore:
@@ -34,15 +46,7 @@ class SQLiteStore:
     """
 
     def __init__(self, path: Path | str) -> None:
-        try:
-            self._connection = sqlite3.connect(
-                path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.executescript(SCHEMA)
-        except sqlite3.Error as error:
-            raise ConfigurationError(f"The store {path} cannot be opened: {error}.") from error
+        self._connection = _open(path, SCHEMA, BUSY_SECONDS, "FULL")
         self._lock = threading.Lock()
 
     def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
@@ -96,3 +100,47 @@ class SQLiteStore:
                 return self._connection.execute(statement, values)
             except sqlite3.OperationalError as error:  # locked, the disk is full
                 raise unavailable(error) from error
+
+
+class SQLitePrefixStore:
+    """Use as `PrefixStore` says; opened as SQLiteStore. Not synchronised: what a loss of power takes is read again."""
+
+    def __init__(self, path: Path | str, max_bytes: int) -> None:
+        self._connection = _open(path, PREFIX_SCHEMA, PREFIX_BUSY_SECONDS, "NORMAL")
+        self._lock, self.max_bytes = threading.Lock(), max_bytes
+
+    def put(self, key: bytes, data: bytes) -> None:
+        if len(data) > self.max_bytes:
+            return
+        self._execute("INSERT OR REPLACE INTO prefixes VALUES (?, ?, ?, ?)", key, time.time(), len(data), data)
+        while self._execute("SELECT total(size) FROM prefixes")[0][0] > self.max_bytes:
+            self._execute("DELETE FROM prefixes WHERE key = (SELECT key FROM prefixes ORDER BY used_at LIMIT 1)")
+
+    def find(self, keys: Sequence[bytes]) -> tuple[int, bytes] | None:
+        for i, key in enumerate(keys):
+            for (data,) in self._execute("SELECT data FROM prefixes WHERE key = ?", key):
+                self._execute("UPDATE prefixes SET used_at = ? WHERE key = ?", time.time(), key)
+                return i, data
+        return None
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def _execute(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            try:
+                return self._connection.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                raise unavailable(error) from error
+
+
+def _open(path: Path | str, schema: str, busy_seconds: float, synchronous: str) -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+        connection.executescript(schema)
+    except sqlite3.Error as error:
+        raise ConfigurationError(f"The store {path} cannot be opened: {error}.") from error
+    return connection

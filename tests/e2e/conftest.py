@@ -32,18 +32,27 @@ class Server:
         self._command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
 
     def __enter__(self) -> Self:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environment}
         self._log_file = tempfile.TemporaryFile("w+")
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Again, after `kill`."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environment}
         self.process = subprocess.Popen(self._command, env=environment, stderr=self._log_file)
         deadline = time.monotonic() + 120  # Ray takes half a minute where cores are shared
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server ended by itself: {self.read_log()}"
             try:
                 if httpx2.get(f"{self.url}/ready").status_code == 200:
-                    return self
+                    return
             except httpx2.TransportError:
                 time.sleep(0.05)
         raise TimeoutError(f"{self.url}/ready gave no 200 within two minutes")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import httpx2
+import pytest
 
-from server.config import default_threads
+from server.config import choose_prefix_store, default_threads
+from server.engine import EngineConfig
+from server.errors import ConfigurationError
 from tests.conftest import random_model, tiny_config
 from tests.e2e.conftest import Server
 
@@ -31,10 +34,23 @@ def test_mistakes_are_a_sentence(tmp_path: Path, checkpoint: Path) -> None:
         (["--model", str(checkpoint), "--api-key-file", os.devnull], "api_keys and api_key_file hold no key"),
         (["--ray", "--device", "cuda:1"], "device must be cpu or cuda with --ray"),
         (["--model", str(checkpoint), "--store", "redis://127.0.0.1:1"], "The store at 127.0.0.1 cannot be opened"),
+        (["--model", str(checkpoint), "--prefix-store", "1"], "prefix_store needs store"),
     ):
         done = aft("serve", *arguments)
         assert done.returncode == 1
         assert done.stderr.startswith(f"error: {sentence}")
+
+
+def test_a_prefix_store_that_could_not_be_used_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    for store, max_bytes, cache, sentence in (
+        (None, 2**20, 2**20, "prefix_store needs store"),
+        (path, -(2**20), 2**20, "prefix_store must be at least 0, not -1"),
+        (path, 2**20, 0, "prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            choose_prefix_store(store, max_bytes, EngineConfig(prefix_cache_bytes=cache))
+    assert choose_prefix_store(None, 0, EngineConfig()) is None
 
 
 def test_help_lists_the_variable_of_every_option() -> None:

@@ -211,6 +211,15 @@ def test_sigterm_drains_every_replica(server: Server, client: httpx2.Client) -> 
     assert server.process.wait(timeout=30) == 0
 
 
+def test_replicas_that_do_not_start_say_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "server", "serve", "--ray", "--port", "0", "--model", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": "local"})
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: The replicas do not start: ")
+    assert line.endswith(f"Checkpoint folder {tmp_path} has no file config.json.")
+
+
 def test_serve_run_has_the_options_as_variables(tmp_path: Path) -> None:
     variables = {"AFT_REPLICAS": "2", "AFT_MAX_REPLICAS": "4", "AFT_STORE": "redis://host", "AFT_DEVICE": "cuda"}
     variables |= {"AFT_MAX_NUM_SEQS": "7", "AFT_MAX_QUEUE_LENGTH": "20", "AFT_DRAIN_TIMEOUT": "60", "AFT_THREADS": "3"}

@@ -217,6 +217,9 @@ def test_an_observer_is_told_of_every_token_and_end(tokenizer: Tokenizer) -> Non
         def on_close(self, stream: RequestStream) -> None:
             told.append(stream.finish_reasons)
 
+        def on_look_up(self, n_wanted: int, n_found: int) -> None:
+            raise AssertionError("there is no store")
+
     engine = AsyncEngine(LLMEngine(random_model(tiny_config()), tokenizer), Recorder())
 
     async def main() -> None:

@@ -77,7 +77,7 @@ def test_a_pod_has_time_to_drain(objects: dict[tuple[str, str], Any], monkeypatc
     pod = pod_of(objects)
     before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain = config_of(objects, monkeypatch).drain_timeout
-    assert pod["terminationGracePeriodSeconds"] >= before + drain + 5
+    assert pod["terminationGracePeriodSeconds"] >= before + drain + 20
 
 
 def test_probes_and_services_reach_the_server(

@@ -75,7 +75,7 @@ def test_salts_and_models_do_not_share() -> None:
     assert cache.match([1, 2, 3], salt="a")[0] == 2
     other = PrefixCache(10**9, b"another")
     other.put([1, 2], snapshot())
-    assert not set(other._snapshots) & set(cache._snapshots)
+    assert not {key for key, _ in other} & {key for key, _ in cache}
 
 
 def test_what_is_too_large_is_not_kept() -> None:
