@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 import uvicorn
 
-from model.checkpoint import load_checkpoint
 from model.errors import ModelError
 from model.training.__main__ import main as train
-from model.transformer import AFTForCausalLM
 from server import BUNDLED_MODEL
-from server.api.app import create_app
-from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.batch import main as batch
 from server.bench import main as bench
+from server.config import ServerConfig
 from server.draining import DrainingServer
-from server.engine import LLM, EngineConfig, LLMEngine, PrefixStore, SamplingParams
+from server.engine import LLM, EngineConfig, SamplingParams
 from server.errors import ConfigurationError, ServerError
-from server.logs import LogFormat, configure_logging
-from server.sessions import SessionsConfig, open_prefix_store, open_store
+from server.logs import LogFormat
+from server.sessions import SessionsConfig
 
 MIB = 2**20
-SMALL_MODEL = 30_000_000  # parameters
-# The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
-SWITCH_SECONDS = 0.0005
 # Every option of a command can be given as a variable: --max-num-seqs as AFT_MAX_NUM_SEQS.
 BY_ENVIRONMENT = {"auto_envvar_prefix": "AFT"}
 
@@ -44,6 +38,7 @@ app = typer.Typer(
 
 @app.command(context_settings=BY_ENVIRONMENT)
 def serve(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")] = BUNDLED_MODEL,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name of the model in /v1/models and in requests; the folder's if left out.")
@@ -90,68 +85,75 @@ def serve(
         str | None, typer.Option(help="OpenTelemetry collector that gets traces, http://host:4318 say.")
     ] = None,
     log_format: Annotated[LogFormat, typer.Option(help="Log lines for people or for machines.")] = "text",
-) -> None:
+    ray: Annotated[bool, typer.Option(help="Serve by replicas under Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(help="Replicas, with --ray.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Replicas under load, with --ray; no more than without it if left out.")
+    ] = None,
+) -> object:
     """Serve a checkpoint over HTTP. SIGTERM lets running requests end first."""
-    configure_logging(log_format)
-    api_config = APIConfig(
-        model_name=served_model_name or model.resolve().name,
-        request_timeout=request_timeout,
-        max_body_size=max_body_size * MIB,
-        max_prompts=max_prompts,
-        api_keys=_api_keys(api_keys, api_key_file),
-        cors_origins=tuple(cors_origins.split()),
-        otlp_endpoint=otlp_endpoint,
-    )
-    config = EngineConfig(
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        state_memory=state_memory * MIB,
-        max_queue_length=max_queue_length,
-        chunk_size=chunk_size,
-        prefix_cache_bytes=prefix_cache * MIB,
-        max_grammar_length=max_grammar_length,
-        grammar_timeout=grammar_timeout,
-        batch_invariant=batch_invariant,
-    )
-    network, tokenizer = load_checkpoint(model, device)
-    torch.set_num_threads(threads or default_threads(network))
-    sys.setswitchinterval(SWITCH_SECONDS)
-    application = create_app(
-        LLMEngine(network, tokenizer, config),
-        api_config,
-        ChatTemplate.load(model),
-        open_store(store) if store else None,
-        SessionsConfig(session_ttl=session_ttl, max_sessions=max_sessions),
-        choose_prefix_store(store, prefix_store * MIB, config),
-    )
-    uvicorn_config = uvicorn.Config(
-        application,
+    config = ServerConfig(
+        model=model.resolve(),
+        device=device,
+        threads=threads,
         host=host,
         port=port,
+        store=store if store is None or "://" in store else str(Path(store).resolve()),
+        prefix_store=prefix_store * MIB,
+        drain_timeout=drain_timeout,
+        log_format=log_format,
+        replicas=replicas,
+        max_replicas=max_replicas,
+        api=APIConfig(
+            model_name=served_model_name or model.resolve().name,
+            request_timeout=request_timeout,
+            max_body_size=max_body_size * MIB,
+            max_prompts=max_prompts,
+            api_keys=_api_keys(api_keys, api_key_file),
+            cors_origins=tuple(cors_origins.split()),
+            otlp_endpoint=otlp_endpoint,
+        ),
+        engine=EngineConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            state_memory=state_memory * MIB,
+            max_queue_length=max_queue_length,
+            chunk_size=chunk_size,
+            prefix_cache_bytes=prefix_cache * MIB,
+            max_grammar_length=max_grammar_length,
+            grammar_timeout=grammar_timeout,
+            batch_invariant=batch_invariant,
+        ),
+        sessions=SessionsConfig(session_ttl=session_ttl, max_sessions=max_sessions),
+    )
+    if not ray and config.most_replicas > 1:
+        raise ConfigurationError("replicas and max_replicas need --ray.")
+    run = context.obj or (_on_ray() if ray else _alone)
+    return run(config)
+
+
+def _alone(config: ServerConfig) -> None:
+    """Serve in this process."""
+    application = config.build()
+    uvicorn_config = uvicorn.Config(
+        application,
+        host=config.host,
+        port=config.port,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,  # for clients that do not read; the others were waited for before
     )
-    DrainingServer(uvicorn_config, application.state.context.engine, drain_timeout).run()
+    DrainingServer(uvicorn_config, application.state.context.engine, config.drain_timeout).run()
 
 
-def default_threads(network: AFTForCausalLM) -> int:
-    """Beside a small model, HTTP takes most of a core, and a step that wants that one too waits for it."""
-    return max(1, torch.get_num_threads() - (network.num_parameters < SMALL_MODEL))
-
-
-def choose_prefix_store(store: str | None, max_bytes: int, config: EngineConfig) -> PrefixStore | None:
-    """Raises ConfigurationError, also for what could never be used."""
-    if max_bytes < 0:
-        raise ConfigurationError(f"prefix_store must be at least 0, not {max_bytes // MIB}.")
-    if not max_bytes:
-        return None
-    if not store:
-        raise ConfigurationError("prefix_store needs store, an SQLite file or a Redis; set it or leave both out.")
-    if not config.prefix_cache_bytes:
-        raise ConfigurationError("prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1.")
-    return open_prefix_store(store, max_bytes)
+def _on_ray() -> Callable[[ServerConfig], None]:
+    """Raises ConfigurationError where the packages of the "ray" extra are not installed."""
+    try:
+        from server.deploy.replicas import run
+    except ImportError as error:
+        raise ConfigurationError("ray needs Ray Serve: pip install 'aft-server[ray]'.") from error
+    return run
 
 
 def _api_keys(given: str | None, path: Path | None) -> tuple[str, ...]:

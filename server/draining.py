@@ -36,8 +36,13 @@ class DrainingServer(uvicorn.Server):
         self._task = self._loop.create_task(self._drain_then_exit())
 
     async def _drain_then_exit(self) -> None:
-        await self.engine.drain(self.drain_timeout)
-        if self.engine.num_requests:
-            await asyncio.to_thread(self.engine.stop)  # each stream that is left ends with an error event
-            await asyncio.sleep(FLUSH_SECONDS)
+        await drain(self.engine, self.drain_timeout)
         self.should_exit = True
+
+
+async def drain(engine: AsyncEngine, timeout: float) -> None:
+    """Take no more requests; those that run get `timeout` seconds, and then end with an error event."""
+    await engine.drain(timeout)
+    if engine.num_requests:
+        await asyncio.to_thread(engine.stop)
+        await asyncio.sleep(FLUSH_SECONDS)

@@ -40,15 +40,15 @@ class Server:
         """Again, after `kill`."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environment}
         self.process = subprocess.Popen(self._command, env=environment, stderr=self._log_file)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120  # Ray takes half a minute where cores are shared
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"the server ended by itself: {self._read_log()}"
+            assert self.process.poll() is None, f"the server ended by itself: {self.read_log()}"
             try:
                 if httpx2.get(f"{self.url}/ready").status_code == 200:
                     return
             except httpx2.TransportError:
                 time.sleep(0.05)
-        raise TimeoutError(f"{self.url}/ready gave no 200 within a minute")
+        raise TimeoutError(f"{self.url}/ready gave no 200 within two minutes")
 
     def kill(self) -> None:
         self.process.kill()
@@ -58,12 +58,12 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(timeout=60)
-        self.log = self._read_log()
+        self.log = self.read_log()
         self._log_file.close()
         assert status == 0, self.log
         assert "Traceback" not in self.log, self.log
 
-    def _read_log(self) -> str:
+    def read_log(self) -> str:
         self._log_file.seek(0)
         return self._log_file.read()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from server.cli import choose_prefix_store, default_threads
+from server.config import choose_prefix_store, default_threads
 from server.engine import EngineConfig
 from server.errors import ConfigurationError
 from tests.conftest import random_model, tiny_config
@@ -32,6 +32,7 @@ def test_mistakes_are_a_sentence(tmp_path: Path, checkpoint: Path) -> None:
         (["--model", str(checkpoint), "--max-model-len", "1"], "max_model_len must be at least 2, not 1."),
         (["--model", str(checkpoint), "--api-key-file", str(tmp_path / "none")], "api_key_file cannot be read"),
         (["--model", str(checkpoint), "--api-key-file", os.devnull], "api_keys and api_key_file hold no key"),
+        (["--ray", "--device", "cuda:1"], "device must be cpu or cuda with --ray"),
         (["--model", str(checkpoint), "--store", "redis://127.0.0.1:1"], "The store at 127.0.0.1 cannot be opened"),
         (["--model", str(checkpoint), "--prefix-store", "1"], "prefix_store needs store"),
     ):

@@ -1,0 +1,8 @@
+"""Several replicas of the server."""
+
+import os
+
+# Ray reads these as it is imported or started. Nothing is sent to anyone unless the operator wants it, and no log line
+# is left out because it resembles another.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -1,0 +1,34 @@
+"""Replicas: what is refused before anything starts."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from server import cli
+from server.errors import ConfigurationError
+
+STORE = ["--store", "sessions.sqlite"]
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigurationError) as error:
+        cli.app(["serve", *arguments], standalone_mode=False)
+    return str(error.value)
+
+
+def test_mistakes_are_a_sentence() -> None:
+    for arguments, sentence in (
+        (["--ray", "--replicas", "0"], "replicas must be at least 1, not 0."),
+        (["--ray", "--replicas", "2", "--max-replicas", "1"], "max_replicas must be at least replicas = 2, not 1."),
+        (["--ray", "--replicas", "2"], "store must be given for several replicas, which share it."),
+        (["--ray", "--max-replicas", "2"], "store must be given for several replicas, which share it."),
+        (["--replicas", "2", *STORE], "replicas and max_replicas need --ray."),
+    ):
+        assert refusal(*arguments) == sentence
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "server.deploy.replicas", None)
+    assert refusal("--ray") == "ray needs Ray Serve: pip install 'aft-server[ray]'."

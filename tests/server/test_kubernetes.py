@@ -1,0 +1,105 @@
+"""The manifests in deploy/kubernetes: what Kubernetes accepts, and what the server understands."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonpatch
+import kubernetes_validate
+import pytest
+import typer
+import yaml
+
+from model import load_checkpoint
+from server import cli
+from server.api.app import create_app
+from server.config import ServerConfig
+from server.engine import LLMEngine
+
+FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
+KUBERNETES = ("1.30", kubernetes_validate.latest_version())  # the oldest that knows preStop's sleep, and the newest
+
+
+def rendered(name: str) -> dict[tuple[str, str], Any]:
+    """The objects of a folder, by kind and name, as `kubectl kustomize` gives them but for the names of images."""
+    folder = FOLDER / name
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    objects: dict[tuple[str, str], Any] = {}
+    for resource in kustomization["resources"]:
+        path = folder / resource
+        if path.is_dir():
+            objects |= rendered(resource.removeprefix("../"))
+        else:
+            documents = yaml.safe_load_all(path.read_text())
+            objects |= {(document["kind"], document["metadata"]["name"]): document for document in documents}
+    for patch in kustomization.get("patches", []):
+        key = (patch["target"]["kind"], patch["target"]["name"])
+        objects[key] = jsonpatch.apply_patch(objects[key], yaml.safe_load((folder / patch["path"]).read_text()))
+    return objects
+
+
+@pytest.fixture(params=["base", "gpu"])
+def objects(request: pytest.FixtureRequest) -> dict[tuple[str, str], Any]:
+    return rendered(request.param)
+
+
+def pod_of(objects: dict[tuple[str, str], Any]) -> Any:
+    return objects["Deployment", "aft"]["spec"]["template"]["spec"]
+
+
+def config_of(objects: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
+    """What `aft serve` makes of the ConfigMap."""
+    for name, value in objects["ConfigMap", "aft"]["data"].items():
+        monkeypatch.setenv(name, value)
+    config: ServerConfig = cli.app(["serve"], standalone_mode=False, obj=lambda config: config)
+    return config
+
+
+@pytest.mark.parametrize("release", KUBERNETES)
+def test_kubernetes_accepts_them(objects: dict[tuple[str, str], Any], release: str) -> None:
+    assert len(objects) == 7
+    for document in objects.values():
+        kubernetes_validate.validate(document, release, strict=True)
+
+
+def test_variables_are_options_of_the_server(objects: dict[tuple[str, str], Any]) -> None:
+    serve = typer.main.get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+    options = {f"AFT_{option.name.upper()}" for option in serve.params}
+    assert objects["ConfigMap", "aft"]["data"].keys() <= options - {"AFT_API_KEYS"}  # these are in a Secret
+    sources = pod_of(objects)["containers"][0]["envFrom"]
+    assert sources == [{"configMapRef": {"name": "aft"}}, {"secretRef": {"name": "aft"}}]
+    assert pod_of(objects)["enableServiceLinks"] is False  # else the Service named aft sets AFT_PORT
+
+
+def test_a_pod_has_time_to_drain(objects: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = pod_of(objects)
+    before = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    drain = config_of(objects, monkeypatch).drain_timeout
+    assert pod["terminationGracePeriodSeconds"] >= before + drain + 20
+
+
+def test_probes_and_services_reach_the_server(
+    objects: dict[tuple[str, str], Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (container,) = pod_of(objects)["containers"]
+    routes = create_app(LLMEngine(*load_checkpoint(checkpoint))).openapi()["paths"]
+    for probe, path in (("startupProbe", "/health"), ("readinessProbe", "/ready"), ("livenessProbe", "/health")):
+        assert container[probe]["httpGet"] == {"path": path, "port": "http"}
+        assert "get" in routes[path]
+    config = config_of(objects, monkeypatch)
+    assert config.host == "0.0.0.0"
+    assert container["ports"] == [{"name": "http", "containerPort": config.port}]
+    labels = objects["Deployment", "aft"]["spec"]["template"]["metadata"]["labels"]
+    service = objects["Service", "aft"]["spec"]
+    assert (service["selector"], service["ports"][0]["targetPort"]) == (labels, "http")
+    assert config.store == f"redis://redis:{objects['Service', 'redis']['spec']['ports'][0]['port']}/0"
+    project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())["project"]
+    assert container["image"] == f"aft-server:{project['version']}"
+
+
+def test_a_gpu_for_each_pod_of_that_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = rendered("gpu")
+    assert pod_of(objects)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert config_of(objects, monkeypatch).device == "cuda"
