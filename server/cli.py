@@ -11,6 +11,7 @@ import typer
 import uvicorn
 
 from model.errors import ModelError
+from model.runner import Quantization
 from model.training.__main__ import main as train
 from server import BUNDLED_MODEL
 from server.api.config import APIConfig
@@ -60,7 +61,10 @@ def serve(
     max_queue_length: Annotated[int, typer.Option(help="Requests that may wait; beyond it, 429.")] = 256,
     chunk_size: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, between tokens of others.")] = 256,
     prefix_cache: Annotated[int, typer.Option(help="MiB of states after prompts that may come again.")] = 256,
-    batch_invariant: Annotated[bool, typer.Option(help="Bitwise the same text in any batch; slower.")] = False,
+    batch_invariant: Annotated[
+        bool, typer.Option(help="Bitwise the same text in any batch; slower where no compiled kernels run.")
+    ] = False,
+    quantize: Annotated[Quantization | None, typer.Option(help="Keep matrices in 8 bits; CPUs only.")] = None,
     store: Annotated[
         str | None, typer.Option(help="SQLite file or redis:// URL that keeps sessions; in memory if left out.")
     ] = None,
@@ -123,6 +127,7 @@ def serve(
             max_grammar_length=max_grammar_length,
             grammar_timeout=grammar_timeout,
             batch_invariant=batch_invariant,
+            quantize=quantize,
         ),
         sessions=SessionsConfig(session_ttl=session_ttl, max_sessions=max_sessions),
     )
