@@ -54,6 +54,7 @@ class LLMEngine:
         self.pool = StatePool(empty, n_slots)
         self.runner = make_runner(model, self.pool.states, self.config.chunk_size, self.config.quantize)
         self.model = self.runner.model
+        self.num_parameters = model.num_parameters
         self.fingerprint = fingerprint(model, self.config.quantize or "")
         self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes, self.fingerprint)
         self._processor = TokenProcessor(tokenizer)

@@ -67,7 +67,7 @@ def info(context: ContextOf) -> Info:
         max_client_batch_size=context.config.max_prompts,
         version=version("aft-server"),
         variant=config.variant,
-        parameters=engine.model.num_parameters,
+        parameters=engine.num_parameters,
         state_bytes=engine.pool.nbytes // slots,
         kv_cache_bytes_per_token=2 * config.n_layer * config.d_model * 4,
     )

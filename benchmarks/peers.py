@@ -1,0 +1,226 @@
+"""This engine against llama.cpp and Hugging Face transformers, and against the machine's floors, in one run.
+
+    python -m benchmarks.peers measure --out performance.json
+    python -m benchmarks.peers report performance.json
+
+Random weights of one size for all, float32, the same threads. Decoding is the median of single steps of a full batch,
+after every sequence has read its context. Peers that cannot be had are left out with a line that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks import llama_cpp
+from model import AFTConfig, AFTForCausalLM
+from model.runner import Quantization, make_runner
+from model.state import AFTState
+
+SHAPES = {
+    "6M": AFTConfig(variant="conv", vocab_size=4096, d_model=256, n_layer=6, n_head=16, d_ff=1168),
+    "110M": AFTConfig(variant="conv", vocab_size=32_000, d_model=768, n_layer=12, n_head=12, d_ff=3456),
+}
+BATCH_SIZES, CONTEXTS, CHUNK = (1, 8, 32, 64), (128, 1024, 8192), 256
+LONGEST = 100_000
+STEPS = 24
+Result = dict[str, Any]
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+def measure(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("performance.json"),
+    shape: Annotated[list[str] | None, typer.Option(help="6M, 110M; both if left out.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of everything; all cores if left out.")] = None,
+    peers: Annotated[bool, typer.Option(help="Measure the peers, too.")] = True,
+) -> None:
+    """Everything, which takes some 20 minutes."""
+    if threads:
+        torch.set_num_threads(threads)
+    found: Result = {"threads": torch.get_num_threads(), "floors": floors(), "results": []}
+    for name in shape or SHAPES:
+        for result in measured(name, peers):
+            print(json.dumps(result), flush=True)
+            found["results"].append({"shape": name, **result})
+            out.write_text(json.dumps(found, indent=1))
+
+
+def measured(name: str, peers: bool) -> Iterator[Result]:
+    yield from ours(name, None)
+    yield from ours(name, "int8")
+    if not peers:
+        return
+    for peer in (of_llama_cpp, of_transformers):
+        try:
+            yield from peer(name)
+        except llama_cpp.UnavailableError as error:
+            print(error)
+
+
+def floors() -> dict[str, float]:
+    """What the machine gives: bytes per second of a large copy and a large matrix-vector product, and FLOP/s."""
+    source, matrix = torch.randn(2**26), torch.randn(8192, 8192)
+    target, vector, square = torch.empty_like(source), torch.randn(8192), torch.randn(2048, 2048)
+    found = {
+        "copy_bytes_per_second": 2 * source.nbytes / median(lambda: target.copy_(source)),
+        "matvec_bytes_per_second": matrix.nbytes / median(lambda: torch.mv(matrix, vector)),
+        "matmul_flops_per_second": 2 * 2048**3 / median(lambda: square @ square),
+    }
+    print(found)
+    return found
+
+
+def median(call: Callable[[], object], n: int = 15) -> float:
+    """Seconds of one call."""
+    call()
+    seconds = []
+    for _ in range(n):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def ours(name: str, quantize: Quantization | None) -> Iterator[Result]:
+    torch.manual_seed(0)
+    model = AFTForCausalLM(SHAPES[name]).eval()
+    label = "this engine" if quantize is None else f"this engine, {quantize}"
+    states = AFTState.concatenate([model.init_state(max(BATCH_SIZES))])
+    runner = make_runner(model, states, CHUNK, quantize)
+    n_weights = sum(buffer.nbytes for buffer in runner.model.buffers())
+    state, n_read, started = None, 0, time.perf_counter()
+    ids = torch.randint(SHAPES[name].vocab_size, (CHUNK,)).tolist()
+    for context in (*CONTEXTS, LONGEST) if quantize is None else CONTEXTS[:2]:
+        before, began = n_read, time.perf_counter()
+        while n_read < context:
+            part = ids[: min(CHUNK, context - n_read)]
+            _, state = runner.read(part, state)
+            n_read += len(part)
+        assert state is not None
+        prefill, first = n_read / (time.perf_counter() - started), (n_read - before) / (time.perf_counter() - began)
+        for slot, source in zip(states.tensors(), state.tensors(), strict=True):
+            slot.copy_(source.expand_as(slot))
+        for batch_size in BATCH_SIZES:
+            tokens = ids[:batch_size]
+            yield {
+                "engine": label,
+                "context": context,
+                "batch": batch_size,
+                "decode": batch_size / median(lambda tokens=tokens: runner.step_(tokens), STEPS),  # type: ignore[misc]
+                "prefill": prefill,
+                "prefill_of_last_part": first,
+                "bytes_per_sequence": state.nbytes,
+                "weight_bytes": n_weights,
+                "parameters": model.num_parameters,
+            }
+
+
+def of_llama_cpp(name: str) -> Iterator[Result]:
+    path = llama_cpp.CACHE / f"{name}.gguf"
+    shape = llama_cpp.SHAPES[name]
+    if not path.exists():
+        llama_cpp.write_model(shape, path, 16_384)
+    for context, batch_sizes in ((128, BATCH_SIZES), (1024, (1, 8, 32)), (8192, (1, 8))):
+        found = llama_cpp.measure(path, context, batch_sizes, STEPS, torch.get_num_threads())
+        for batch_size, speed in found.items():
+            yield {
+                "engine": "llama.cpp",
+                "context": context,
+                "batch": batch_size,
+                "decode": speed.decode,
+                "prefill": speed.prefill,
+                "bytes_per_sequence": 2 * 2 * shape.n_layer * shape.d_model * context,  # keys and values of 16 bits
+            }
+
+
+@torch.inference_mode()
+def of_transformers(name: str) -> Iterator[Result]:
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
+    except ImportError as error:
+        raise llama_cpp.UnavailableError("GPT-2 and RWKV-4 need the package transformers.") from error
+    shape = SHAPES[name]
+    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, "tie_word_embeddings": True}
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(**sizes, n_embd=shape.d_model, n_layer=shape.n_layer, n_head=shape.d_model // 64, n_positions=2048)
+    )
+    rwkv = RwkvForCausalLM(RwkvConfig(**sizes, hidden_size=shape.d_model, num_hidden_layers=shape.n_layer))
+    for label, model, cache, contexts in (
+        ("transformers, GPT-2", gpt2, "past_key_values", (128, 1024)),
+        ("transformers, RWKV-4", rwkv, "state", (128,)),
+    ):
+        model.train(False)
+        for context in contexts:
+            for batch_size in (1, 8, 32):
+                ids = torch.randint(shape.vocab_size, (batch_size, context))
+                started = time.perf_counter()
+                held = getattr(model.base_model(ids, use_cache=True), cache)
+                prefill = batch_size * context / (time.perf_counter() - started)
+                seconds = []
+                for _ in range(STEPS if context == 128 else STEPS // 2):
+                    started = time.perf_counter()
+                    output = model(ids[:, :1], **{cache: held}, use_cache=True)
+                    held = getattr(output, cache)
+                    seconds.append(time.perf_counter() - started)
+                yield {
+                    "engine": label,
+                    "context": context,
+                    "batch": batch_size,
+                    "decode": batch_size / statistics.median(seconds),
+                    "prefill": prefill,
+                }
+
+
+@app.command()
+def report(found: Annotated[Path, typer.Argument(help="What `measure` wrote.")]) -> None:
+    """Tables in Markdown."""
+    data = json.loads(found.read_text())
+    for name in SHAPES:
+        rows = [result for result in data["results"] if result["shape"] == name]
+        if rows:
+            print(f"\n{name}, decoding: tokens/s of all sequences, and as a ratio to llama.cpp\n")
+            print(table(rows))
+            print(f"\n{name}, of the floors\n")
+            print(floor_table([row for row in rows if "weight_bytes" in row], data["floors"]))
+
+
+def table(rows: list[Result]) -> str:
+    cases = sorted({(row["context"], row["batch"]) for row in rows})
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    speeds = {(row["engine"], row["context"], row["batch"]): row["decode"] for row in rows}
+    lines = ["| context | batch | " + " | ".join(engines) + " |", "|---" * (2 + len(engines)) + "|"]
+    for context, batch in cases:
+        peer = speeds.get(("llama.cpp", context, batch))
+        cells = []
+        for engine in engines:
+            speed = speeds.get((engine, context, batch))
+            ratio = f" ({speed / peer:.2f})" if speed and peer else ""
+            cells.append(f"{speed:,.0f}{ratio}" if speed else "")
+        lines.append(f"| {context:,} | {batch} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def floor_table(rows: list[Result], limits: dict[str, float]) -> str:
+    """Bytes of weights per second against the matrix-vector product's, and FLOP/s against the matrix product's."""
+    lines = ["| | batch | of the memory's floor | of the arithmetic's floor |", "|---|---|---|---|"]
+    for row in rows:
+        if row["context"] == 1024:
+            steps = row["decode"] / row["batch"]
+            memory = steps * row["weight_bytes"] / limits["matvec_bytes_per_second"]
+            arithmetic = row["decode"] * 2 * row["parameters"] / limits["matmul_flops_per_second"]
+            lines.append(f"| {row['engine']} | {row['batch']} | {memory:.2f} | {arithmetic:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app()
