@@ -5,6 +5,8 @@ Shapes: B sequences, T tokens, C = d_model, H keys per token, D = C / H, Q queri
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,11 +113,17 @@ class AFTAttention(nn.Module):
 
     def step_(self, x: Tensor, position: Tensor, state: LayerState) -> Tensor:
         """x [B, C] -> y [B, C]; the state becomes that after it."""
-        query, key, value = self.qkv(x).split(self.widths, -1)
-        value = value.unflatten(-1, (self.n_key, self.d_key))
-        y = ops.step_(key, value, self.bias.by_distance(position), position, state)
-        z: Tensor = self.out(torch.sigmoid(query) * y.flatten(-2).to(x.dtype))
-        return z
+        qkv, bias = self.qkv(x), self.bias.by_distance(position)
+        if x.is_cuda and importlib.util.find_spec("triton"):
+            from model.triton_step import gated_step_
+
+            gated = gated_step_(qkv, bias, position, state)
+        else:
+            query, key, value = qkv.split(self.widths, -1)
+            value = value.unflatten(-1, (self.n_key, self.d_key))
+            gated = torch.sigmoid(query) * ops.step_(key, value, bias, position, state).flatten(-2)
+        y: Tensor = self.out(gated.to(x.dtype))
+        return y
 
     def init_state(self, batch_size: int, device: torch.device) -> LayerState:
         return LayerState.empty(batch_size, self.n_key, self.d_key, self.n_window, device)

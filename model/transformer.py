@@ -85,6 +85,10 @@ class AFTForCausalLM(nn.Module):
         if token_ids.shape != state.position.shape:
             raise ValueError(f"token_ids must be [{state.batch_size}] as the state, not {list(token_ids.shape)}.")
         self.check_context(state.position, 1)
+        return self.advance_(token_ids, state)
+
+    def advance_(self, token_ids: Tensor, state: AFTState) -> Tensor:
+        """`step_` without checks, which wait for the device."""
         x = self._embed(token_ids, state.position)
         for block, layer in zip(self._blocks(), state.layers, strict=True):
             x = block.step_(x, state.position, layer)

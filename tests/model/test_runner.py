@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.config import Variant
 from model.errors import ConfigError, ContextLengthError
 from model.native import NativeRunner, PackedLinear, library
-from model.runner import TorchRunner, make_runner
+from model.runner import CUDAGraphRunner, TorchRunner, make_runner
 from model.state import AFTState
 from tests.conftest import VARIANTS, random_model, tiny_config
 from tests.model.test_transformer import assert_states_close, token_ids
@@ -164,3 +164,21 @@ def test_a_library_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest
 def test_a_model_on_another_device_is_left_to_pytorch() -> None:
     with torch.device("meta"):
         assert not NativeRunner.supports(random_model(tiny_config()))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_captured_steps_equal_the_model(variant: Variant) -> None:
+    """Batches that come and go: each size has a graph of its own, and the states outlive them."""
+    model = random_model(tiny_config(variant))
+    tokens = token_ids(N_SLOTS, 40)
+    expected, _ = model(tokens)
+    on_cuda = model.cuda()
+    runner = make_runner(on_cuda, slots(on_cuda), 64)
+    assert isinstance(runner, CUDAGraphRunner)
+    for t in range(40):
+        n_rows = N_SLOTS if t < 20 else 1
+        logits = runner.step_(tokens[:n_rows, t].tolist()).cpu()
+        torch.testing.assert_close(logits, expected[:n_rows, t], rtol=1e-3, atol=1e-3)

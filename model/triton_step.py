@@ -1,0 +1,142 @@
+"""The recurrence of one token as one Triton kernel: what `ops.step_` and the gate do, in place, for GPUs.
+
+Shapes as in ops.py: B sequences, H keys per token, D features per key, W = window - 1.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.ops import LARGEST_KEY, REFERENCE_SLACK
+from model.state import LayerState
+
+FEATURES_PER_PROGRAM = 64
+
+
+def gated_step_(qkv: Tensor, bias: Tensor, position: Tensor, state: LayerState) -> Tensor:
+    """sigmoid(q) AFT(k, v) [B, C] in float32; the state becomes that after the token.
+
+    qkv [B, C + H + C], bias by distance [B or 1, W+1, H or 1], position [B]; the state's tensors are contiguous.
+    """
+    batch_size, n_window, n_key, d_key = state.values.shape
+    qkv, bias = qkv.float().contiguous(), bias.contiguous()
+    output = torch.empty(batch_size, n_key * d_key, device=qkv.device)
+    block_d = triton.next_power_of_2(d_key)
+    block_h = max(1, FEATURES_PER_PROGRAM // block_d) if d_key == 1 else 1
+    _step[(batch_size, triton.cdiv(n_key, block_h))](
+        qkv,
+        bias,
+        position,
+        *state.tensors(),
+        output,
+        n_key,
+        d_key,
+        n_window,
+        bias.stride(0) if bias.shape[0] > 1 else 0,
+        SHARED_BIAS=bias.shape[2] == 1,
+        HAS_WINDOW=n_window > 0,
+        BLOCK_H=block_h,
+        BLOCK_D=block_d,
+        SLACK=REFERENCE_SLACK,
+        LARGEST=LARGEST_KEY,
+    )
+    return output
+
+
+@triton.jit
+def _step(
+    qkv,
+    bias,
+    position,
+    reference,
+    sums,
+    compensation,
+    keys,
+    values,
+    output,
+    n_key,
+    d_key,
+    n_window,
+    bias_stride,
+    SHARED_BIAS: tl.constexpr,  # noqa: N803
+    HAS_WINDOW: tl.constexpr,  # noqa: N803
+    BLOCK_H: tl.constexpr,  # noqa: N803
+    BLOCK_D: tl.constexpr,  # noqa: N803
+    SLACK: tl.constexpr,  # noqa: N803
+    LARGEST: tl.constexpr,  # noqa: N803
+):
+    row = tl.program_id(0)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    is_key = h < n_key
+    is_value = is_key[:, None] & (d < d_key)[None, :]
+    width = n_key * d_key
+    feature = h[:, None] * d_key + d[None, :]
+    token = qkv + row * (2 * width + n_key)
+    query = tl.load(token + feature, mask=is_value, other=0.0)
+    key = tl.load(token + width + h, mask=is_key, other=0.0)
+    key = tl.minimum(tl.maximum(key, -LARGEST), LARGEST)
+    value = tl.load(token + width + n_key + feature, mask=is_value, other=0.0)
+    before = tl.load(reference + row * n_key + h, mask=is_key, other=0.0)
+    ring_keys = keys + row * n_window * n_key + h
+    ring_values = values + row * n_window * width + feature
+    stride = 1 if SHARED_BIAS else n_key
+    biases = bias + row * bias_stride + (h * 0 if SHARED_BIAS else h)
+    slot = tl.load(position + row) % n_window if HAS_WINDOW else 0
+
+    # Largest key first, then the bias: k + w alone would round to 1e-5 at |k| = 200.
+    top = tl.maximum(key, before)
+    for j in range(n_window):
+        top = tl.maximum(top, tl.load(ring_keys + j * n_key, mask=is_key, other=0.0))
+    own = (key - top) + tl.load(biases, mask=is_key, other=0.0)
+    carried = before - top
+    peak = tl.maximum(own, carried)
+    for j in range(n_window):
+        distance = tl.where(slot > j, slot - j, slot + n_window - j)
+        logit = tl.load(ring_keys + j * n_key, mask=is_key, other=0.0) - top
+        peak = tl.maximum(peak, logit + tl.load(biases + distance * stride, mask=is_key, other=0.0))
+
+    own, carried = tl.exp(own - peak), tl.exp(carried - peak)
+    at = row * n_key * (d_key + 1) + h * (d_key + 1)
+    ats = at[:, None] + d[None, :]
+    sum_v, sum_1 = tl.load(sums + ats, mask=is_value, other=0.0), tl.load(sums + at + d_key, mask=is_key, other=0.0)
+    lost_v = tl.load(compensation + ats, mask=is_value, other=0.0)
+    lost_1 = tl.load(compensation + at + d_key, mask=is_key, other=0.0)
+    numerator = own[:, None] * value + carried[:, None] * (sum_v + lost_v)
+    denominator = own + carried * (sum_1 + lost_1)
+    for j in range(n_window):
+        distance = tl.where(slot > j, slot - j, slot + n_window - j)
+        logit = tl.load(ring_keys + j * n_key, mask=is_key, other=0.0) - top
+        weight = tl.exp(logit + tl.load(biases + distance * stride, mask=is_key, other=0.0) - peak)
+        numerator += weight[:, None] * tl.load(ring_values + j * width, mask=is_value, other=0.0)
+        denominator += weight
+    average = numerator / denominator[:, None]
+    tl.store(output + row * width + feature, average / (1.0 + tl.exp(-query)), mask=is_value)
+
+    # The token takes the slot of the one that leaves the window, which goes into the running sums (ops.absorb).
+    leaving_key, leaving_value = key, value
+    if HAS_WINDOW:
+        leaving_key = tl.load(ring_keys + slot * n_key, mask=is_key, other=0.0)
+        leaving_value = tl.load(ring_values + slot * width, mask=is_value, other=0.0)
+        tl.store(ring_keys + slot * n_key, key, mask=is_key)
+        tl.store(ring_values + slot * width, value, mask=is_value)
+    after = tl.where(leaving_key > before + SLACK, leaving_key, before)
+    scale, weight = tl.exp(before - after), tl.exp(leaving_key - after)
+    scaled = sum_v * scale[:, None]
+    added = weight[:, None] * leaving_value
+    total = scaled + added
+    rounded = total - scaled
+    lost = (scaled - (total - rounded)) + (added - rounded)
+    tl.store(sums + ats, total, mask=is_value)
+    tl.store(compensation + ats, lost_v * scale[:, None] + lost, mask=is_value)
+    scaled_1 = sum_1 * scale
+    total_1 = scaled_1 + weight
+    rounded_1 = total_1 - scaled_1
+    lost_of_1 = (scaled_1 - (total_1 - rounded_1)) + (weight - rounded_1)
+    tl.store(sums + at + d_key, total_1, mask=is_key)
+    tl.store(compensation + at + d_key, lost_1 * scale + lost_of_1, mask=is_key)
+    tl.store(reference + row * n_key + h, after, mask=is_key)
