@@ -16,6 +16,7 @@ import typer
 
 from benchmarks.stories260k import Llama2c, Llama2cTokenizer
 from model import load_checkpoint
+from model.native import library, pack
 from model.training.data import read_documents
 from model.training.evaluate import bits_per_character
 
@@ -24,14 +25,18 @@ def main(
     text: Annotated[Path, typer.Argument(help="Text file, documents separated by a line <|endoftext|>.")],
     model: Annotated[list[Path] | None, typer.Option(help="Checkpoint folder. May be given again.")] = None,
     peer: Annotated[Path | None, typer.Option(help="Folder of stories260K.bin and tok512.bin.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="As --quantize int8 runs them.")] = False,
     documents: Annotated[int | None, typer.Option(min=1, help="Score the first N documents only.")] = None,
 ) -> None:
     texts = read_documents(text)[:documents]
     print(f"{text.name}: {len(texts)} documents, {sum(map(len, texts)):,} characters")
     for folder in model or []:
         network, tokenizer = load_checkpoint(folder)
+        n_parameters, kernels = network.num_parameters, library()
+        if int8 and kernels:
+            network = pack(network, kernels, int8=True)
         bits = bits_per_character(network, tokenizer, texts)
-        print(f"{folder.name}: {network.num_parameters:,} parameters, {bits:.4f} bits/character")
+        print(f"{folder.name}: {n_parameters:,} parameters, {bits:.4f} bits/character")
     if peer:
         print(f"stories260K: {peer_bits_per_character(peer, texts):.4f} bits/character")
 

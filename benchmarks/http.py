@@ -76,12 +76,13 @@ def body(path: str, i: int, max_tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(n_slots: int) -> Iterator[str]:
+def serving(n_slots: int, *options: str) -> Iterator[str]:
+    """The address of a server of that many slots."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--max-num-seqs", str(n_slots)]
+    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--max-num-seqs", str(n_slots), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         while True:

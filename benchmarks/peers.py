@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ import typer
 
 from benchmarks import llama_cpp
 from model import AFTConfig, AFTForCausalLM
-from model.runner import Quantization, make_runner
+from model.runner import Quantization, Runner, make_runner
 from model.state import AFTState
 
 SHAPES = {
@@ -30,7 +30,7 @@ SHAPES = {
 }
 BATCH_SIZES, CONTEXTS, CHUNK = (1, 8, 32, 64), (128, 1024, 8192), 256
 LONGEST = 100_000
-STEPS = 24
+STEPS, ROUNDS = 48, 6
 Result = dict[str, Any]
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -94,35 +94,43 @@ def median(call: Callable[[], object], n: int = 15) -> float:
 def ours(name: str, quantize: Quantization | None) -> Iterator[Result]:
     torch.manual_seed(0)
     model = AFTForCausalLM(SHAPES[name]).eval()
-    label = "this engine" if quantize is None else f"this engine, {quantize}"
     states = AFTState.concatenate([model.init_state(max(BATCH_SIZES))])
     runner = make_runner(model, states, CHUNK, quantize)
-    n_weights = sum(buffer.nbytes for buffer in runner.model.buffers())
-    state, n_read, started = None, 0, time.perf_counter()
-    ids = torch.randint(SHAPES[name].vocab_size, (CHUNK,)).tolist()
-    for context in (*CONTEXTS, LONGEST) if quantize is None else CONTEXTS[:2]:
-        before, began = n_read, time.perf_counter()
+    reached = read_up_to(runner, (*CONTEXTS, LONGEST) if quantize is None else CONTEXTS[:2])
+    for batch_size in BATCH_SIZES:
+        tokens = list(range(batch_size))
+        seconds: dict[int, list[float]] = {context: [] for context in reached}
+        for _ in range(ROUNDS):  # the contexts take turns, or a busy moment would be taken for a context's cost
+            for context, (state, _) in reached.items():
+                for slot, source in zip(states.tensors(), state.tensors(), strict=True):
+                    slot.copy_(source.expand_as(slot))
+                seconds[context].append(median(lambda: runner.step_(tokens), STEPS // ROUNDS))  # noqa: B023
+        for context, (state, prefill) in reached.items():
+            yield {
+                "engine": "this engine" if quantize is None else f"this engine, {quantize}",
+                "context": context,
+                "batch": batch_size,
+                "decode": batch_size / statistics.median(seconds[context]),
+                "prefill": prefill,
+                "bytes_per_sequence": state.nbytes,
+                "weight_bytes": sum(buffer.nbytes for buffer in runner.model.buffers()),
+                "parameters": model.num_parameters,
+            }
+
+
+def read_up_to(runner: Runner, contexts: Sequence[int]) -> dict[int, tuple[AFTState, float]]:
+    """By context: the state after so many tokens, and the tokens per second of reading those since the last one."""
+    ids = torch.randint(runner.model.config.vocab_size, (CHUNK,)).tolist()
+    found, state, n_read = {}, None, 0
+    for context in contexts:
+        started, first = time.perf_counter(), n_read
         while n_read < context:
             part = ids[: min(CHUNK, context - n_read)]
             _, state = runner.read(part, state)
             n_read += len(part)
         assert state is not None
-        prefill, first = n_read / (time.perf_counter() - started), (n_read - before) / (time.perf_counter() - began)
-        for slot, source in zip(states.tensors(), state.tensors(), strict=True):
-            slot.copy_(source.expand_as(slot))
-        for batch_size in BATCH_SIZES:
-            tokens = ids[:batch_size]
-            yield {
-                "engine": label,
-                "context": context,
-                "batch": batch_size,
-                "decode": batch_size / median(lambda tokens=tokens: runner.step_(tokens), STEPS),  # type: ignore[misc]
-                "prefill": prefill,
-                "prefill_of_last_part": first,
-                "bytes_per_sequence": state.nbytes,
-                "weight_bytes": n_weights,
-                "parameters": model.num_parameters,
-            }
+        found[context] = state, (context - first) / (time.perf_counter() - started)
+    return found
 
 
 def of_llama_cpp(name: str) -> Iterator[Result]:
@@ -189,15 +197,17 @@ def report(found: Annotated[Path, typer.Argument(help="What `measure` wrote.")])
         rows = [result for result in data["results"] if result["shape"] == name]
         if rows:
             print(f"\n{name}, decoding: tokens/s of all sequences, and as a ratio to llama.cpp\n")
-            print(table(rows))
+            print(table(rows, "decode"))
+            print(f"\n{name}, reading a prompt: tokens/s; here of the tokens since the context above\n")
+            print(table([row for row in rows if row["batch"] == 1], "prefill"))
             print(f"\n{name}, of the floors\n")
             print(floor_table([row for row in rows if "weight_bytes" in row], data["floors"]))
 
 
-def table(rows: list[Result]) -> str:
+def table(rows: list[Result], figure: str) -> str:
     cases = sorted({(row["context"], row["batch"]) for row in rows})
     engines = list(dict.fromkeys(row["engine"] for row in rows))
-    speeds = {(row["engine"], row["context"], row["batch"]): row["decode"] for row in rows}
+    speeds = {(row["engine"], row["context"], row["batch"]): row[figure] for row in rows}
     lines = ["| context | batch | " + " | ".join(engines) + " |", "|---" * (2 + len(engines)) + "|"]
     for context, batch in cases:
         peer = speeds.get(("llama.cpp", context, batch))
