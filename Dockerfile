@@ -1,0 +1,56 @@
+# docs/operations.md, "Docker", says how to build and run it.
+
+# Empty. A build context of this name takes its place, a folder of wheels: --build-context wheels=FOLDER
+FROM scratch AS wheels
+
+FROM docker.io/library/python:3.11-slim-bookworm AS builder
+# cpu, or cu130 for CUDA 13.0: one of https://download.pytorch.org/whl
+ARG VARIANT=cpu
+# 1 installs from the wheels alone
+ARG PIP_NO_INDEX
+ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+RUN python -m venv --without-pip /opt/venv
+COPY pyproject.toml .
+RUN python -c "import tomllib; \
+    project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    extras = project['optional-dependencies']; \
+    print(*project['dependencies'], *extras['redis'], *extras['tracing'], sep='\n')" > requirements.txt
+# Its headers and its own tests are a fifth of PyTorch.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    pip --python /opt/venv install --index-url "https://download.pytorch.org/whl/$VARIANT" "$(grep ^torch requirements.txt)" \
+    && cd /opt/venv/lib/python3.11/site-packages/torch \
+    && rm -r include test bin/*[Tt]est* bin/protoc*
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    pip --python /opt/venv install --requirement requirements.txt
+COPY LICENSE README.md ./
+COPY model model
+COPY server server
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    pip wheel --no-deps --wheel-dir /dist .
+
+FROM docker.io/library/python:3.11-slim-bookworm
+LABEL org.opencontainers.image.title="aft-server" \
+      org.opencontainers.image.description="A text-generation server for Attention Free Transformers" \
+      org.opencontainers.image.licenses="Apache-2.0"
+# At its first start the server compiles its kernels for the processor that it runs on, and on GPUs Triton compiles too.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home --home-dir /data --shell /usr/sbin/nologin aft
+# What changes least comes first, so that new code is a small layer.
+COPY --from=builder /opt/venv /opt/venv
+COPY weights/aft-conv-stories /models/aft-conv-stories
+RUN --mount=type=bind,from=builder,source=/dist,target=/dist \
+    pip --python /opt/venv install --no-cache-dir --no-index --no-deps /dist/*.whl
+ENV PATH=/opt/venv/bin:$PATH AFT_HOST=0.0.0.0 AFT_PORT=8000 AFT_MODEL=/models/aft-conv-stories
+USER 10001:10001
+WORKDIR /data
+VOLUME /data
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# Without a proxy, whatever variables the container inherits.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "-c", "import os, urllib.request as r; \
+    r.build_opener(r.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"AFT_PORT\"]}/health', timeout=4)"]
+ENTRYPOINT ["aft"]
+CMD ["serve"]
