@@ -12,7 +12,7 @@ serve: $(VENV)/.serve  ## start the server on the bundled weights; ARGS="--port 
 test: check  ## lint, types, all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-image-test: $(VENV)/.test  ## builds the Docker image and tests it; needs root and buildah
+image-test: $(VENV)/.test  ## builds the Docker image and tests it; needs docker, or CONTAINER_ENGINE=podman
 	$(BIN)/python -m pytest -m image tests/image $(ARGS)
 
 check: $(VENV)/.test  ## lint and types
