@@ -16,11 +16,11 @@ RUN python -c "import tomllib; \
     project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     extras = project['optional-dependencies']; \
     print(*project['dependencies'], *extras['redis'], *extras['tracing'], sep='\n')" > requirements.txt
-# Its headers and its own tests are a fifth of PyTorch.
+# Its headers and its own tests are a quarter of PyTorch.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     pip --python /opt/venv install --index-url "https://download.pytorch.org/whl/$VARIANT" "$(grep ^torch requirements.txt)" \
     && cd /opt/venv/lib/python3.11/site-packages/torch \
-    && rm -r include test bin/*[Tt]est* bin/protoc*
+    && rm -rf include test bin/*[Tt]est* bin/protoc*
 RUN --mount=type=bind,from=wheels,target=/wheels \
     pip --python /opt/venv install --requirement requirements.txt
 COPY LICENSE README.md ./
@@ -37,13 +37,15 @@ LABEL org.opencontainers.image.title="aft-server" \
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --create-home --home-dir /data --shell /usr/sbin/nologin aft
+    && useradd --uid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin aft \
+    && install --directory --owner aft --group aft /data
 # What changes least comes first, so that new code is a small layer.
 COPY --from=builder /opt/venv /opt/venv
 COPY weights/aft-conv-stories /models/aft-conv-stories
 RUN --mount=type=bind,from=builder,source=/dist,target=/dist \
     pip --python /opt/venv install --no-cache-dir --no-index --no-deps /dist/*.whl
-ENV PATH=/opt/venv/bin:$PATH AFT_HOST=0.0.0.0 AFT_PORT=8000 AFT_MODEL=/models/aft-conv-stories
+# Compiled kernels are cached below the home.
+ENV PATH=/opt/venv/bin:$PATH HOME=/data AFT_HOST=0.0.0.0 AFT_PORT=8000 AFT_MODEL=/models/aft-conv-stories
 USER 10001:10001
 WORKDIR /data
 VOLUME /data

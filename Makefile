@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test check format train
+.PHONY: serve test image-test check format train
 
 serve: $(VENV)/.serve  ## start the server on the bundled weights; ARGS="--port 8080 --model DIR"
 	$(BIN)/aft serve $(ARGS)
 
 test: check  ## lint, types, all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+image-test: $(VENV)/.test  ## builds the Docker image and tests it; needs docker, or CONTAINER_ENGINE=podman
+	$(BIN)/python -m pytest -m image tests/image $(ARGS)
 
 check: $(VENV)/.test  ## lint and types
 	$(BIN)/ruff check .

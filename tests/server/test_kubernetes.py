@@ -99,6 +99,18 @@ def test_probes_and_services_reach_the_server(
     assert container["image"] == f"aft-server:{project['version']}"
 
 
+def test_pods_fit_the_image(objects: dict[tuple[str, str], Any]) -> None:
+    lines = (FOLDER.parents[1] / "Dockerfile").read_text().splitlines()
+    dockerfile = dict(line.split(" ", 1) for line in lines if line.startswith(("USER ", "VOLUME ", "EXPOSE ")))
+    pod = pod_of(objects)
+    (container,) = pod["containers"]
+    context = pod["securityContext"]
+    assert dockerfile["USER"] == f"{context['runAsUser']}:{context['runAsGroup']}"
+    assert dockerfile["EXPOSE"] == str(container["ports"][0]["containerPort"])
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", dockerfile["VOLUME"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
 def test_a_gpu_for_each_pod_of_that_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = rendered("gpu")
     assert pod_of(objects)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
