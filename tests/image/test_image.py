@@ -14,7 +14,7 @@ import pytest
 
 from tests.image.conftest import TAG, Container, engine
 
-pytestmark = pytest.mark.image
+pytestmark = [pytest.mark.image, pytest.mark.usefixtures("image")]
 
 
 def test_it_is_small(image: dict[str, Any], server: Container) -> None:
@@ -68,7 +68,7 @@ def test_weights_of_a_volume(checkpoint: Path) -> None:
     assert [model["id"] for model in models] == ["mine"]
 
 
-def test_other_commands(image: dict[str, Any]) -> None:
+def test_other_commands() -> None:
     assert len(engine("run", "--rm", TAG, "generate", "Once upon a time", "--max-tokens", "10").split()) > 5
 
 
