@@ -45,8 +45,7 @@ def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tup
     config = _load_config(folder / CONFIG_FILE)
     tokenizer = _load_tokenizer(folder / TOKENIZER_FILE, config)
     tensors = load_tensors(folder / WEIGHTS_FILE)
-    with torch.device("meta"):
-        model = AFTForCausalLM(config)
+    model = AFTForCausalLM.empty(config)
     _check_tensors(tensors, model.state_dict(), folder / WEIGHTS_FILE)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False), tokenizer

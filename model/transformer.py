@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from model.config import AFTConfig
 from model.errors import ContextLengthError
 from model.layers import Block
 from model.state import AFTState
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """There is nothing to initialise on the meta device, and PyTorch would import its compiler to do it: a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func is Tensor.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class AFTForCausalLM(nn.Module):
@@ -30,6 +42,12 @@ class AFTForCausalLM(nn.Module):
         self.head: nn.Module | None = None  # the output projection, where it has another form than the embedding
         self._init_weights()
         self.to(getattr(torch, config.dtype))
+
+    @classmethod
+    def empty(cls, config: AFTConfig) -> Self:
+        """A model on the meta device, without memory, whose tensors are to be assigned."""
+        with torch.device("meta"), _NoInitialisation():
+            return cls(config)
 
     @property
     def device(self) -> torch.device:

@@ -52,8 +52,7 @@ class PackedLinear(nn.Module):
 
 def pack(model: AFTForCausalLM, kernels: Library, *, int8: bool = False) -> AFTForCausalLM:
     """The model with packed matrices, in float32 or int8, for reading only; it shares what is no matrix."""
-    with torch.device("meta"):
-        packed = AFTForCausalLM(model.config)
+    packed = AFTForCausalLM.empty(model.config)
     packed.load_state_dict(model.state_dict(), assign=True)
     packed.float().eval().requires_grad_(False)
     for module in list(packed.modules()):

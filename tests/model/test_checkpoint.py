@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,3 +101,11 @@ def test_a_bad_tokenizer_is_explained(damaged: Path) -> None:
     (damaged / "tokenizer.model").write_bytes(b"\x80\x04K\x01.")  # a pickle, say
     with pytest.raises(CheckpointError, match="not a sentencepiece model"):
         load_checkpoint(damaged)
+
+
+def test_loading_does_not_import_pytorchs_compiler(checkpoint: Path) -> None:
+    """It takes a second, of the few that a server has to start."""
+    script = f"import sys; from model import load_checkpoint; load_checkpoint({str(checkpoint)!r}); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    assert "model.checkpoint" in modules
+    assert "torch._dynamo" not in modules
