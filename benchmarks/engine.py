@@ -16,7 +16,8 @@ from typing import Annotated
 import torch
 import typer
 
-from model import AFTConfig, AFTForCausalLM, Tokenizer, load_checkpoint
+from model import AFTConfig, AFTForCausalLM, AFTState, Tokenizer, load_checkpoint
+from model.runner import make_runner
 from server import BUNDLED_MODEL
 from server.engine import EngineConfig, LLMEngine, Request, SamplingParams
 
@@ -71,15 +72,15 @@ class BareStep:
     """The model alone: a batch of states, one token each."""
 
     def __init__(self, model: AFTForCausalLM, batch_size: int = BATCH) -> None:
-        self.model = model
         prompts = torch.tensor([prompt(16, first=i) for i in range(batch_size)])
         with torch.inference_mode():
-            _, self.state = model.prefill(prompts)
-        self.token_ids = prompts[:, -1]
+            _, state = model.prefill(prompts)
+        self.runner = make_runner(model, AFTState.concatenate([state]), 256)
+        self.token_ids = prompts[:, -1].tolist()
 
     @torch.inference_mode()
     def step(self) -> None:
-        self.model.step_(self.token_ids, self.state)
+        self.runner.step_(self.token_ids)
 
 
 @app.command()
