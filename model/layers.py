@@ -15,6 +15,8 @@ from model import ops
 from model.config import AFTConfig
 from model.state import LayerState
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 class PositionBias(nn.Module):
     """w_{t,t'}: learned inside the window, 0 outside. This base class, with nothing learned, is AFT-simple.
@@ -114,7 +116,7 @@ class AFTAttention(nn.Module):
     def step_(self, x: Tensor, position: Tensor, state: LayerState) -> Tensor:
         """x [B, C] -> y [B, C]; the state becomes that after it."""
         qkv, bias = self.qkv(x), self.bias.by_distance(position)
-        if x.is_cuda and importlib.util.find_spec("triton"):
+        if x.is_cuda and HAS_TRITON:
             from model.triton_step import gated_step_
 
             gated = gated_step_(qkv, bias, position, state)

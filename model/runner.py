@@ -75,8 +75,7 @@ class CUDAGraphRunner(TorchRunner):
             for _ in range(2):  # allocates and compiles what a capture may not
                 self.model.advance_(self._ids[:size], states)
         torch.cuda.synchronize()
-        for slot, source in zip(states.tensors(), before.tensors(), strict=True):
-            slot.copy_(source)
+        states.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self.model.advance_(self._ids[:size], states)

@@ -108,6 +108,11 @@ class AFTState:
         """The sequences at `rows`, as views."""
         return AFTState.from_tensors([tensor[rows] for tensor in self.tensors()])
 
+    def copy_(self, source: AFTState) -> None:
+        """Overwrite every row; a source of one sequence goes to all of them."""
+        for slot, tensor in zip(self.tensors(), source.tensors(), strict=True):
+            slot.copy_(tensor)
+
     def clone(self) -> AFTState:
         """A copy that shares no memory and holds no more than its size, in one block: kept by the thousand, states in
         many small pieces would fragment the heap.

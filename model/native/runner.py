@@ -39,9 +39,7 @@ class NativeRunner:
         return self.model.logits(self._decoding(token_ids))
 
     def read(self, token_ids: Sequence[int], state: AFTState | None) -> tuple[Tensor, AFTState]:
-        before = state or self.model.init_state(1)
-        for slot, source in zip(self._reading_state.tensors(), before.tensors(), strict=True):
-            slot.copy_(source)
+        self._reading_state.copy_(state or self.model.init_state(1))
         hidden = self._reading(token_ids)
         return hidden, self._reading_state.clone()
 

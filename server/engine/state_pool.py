@@ -55,8 +55,7 @@ class StatePool:
 
     def write(self, states: AFTState, row: int = 0) -> None:
         """Overwrite the rows from `row` on with a batch of states."""
-        for slot, source in zip(self.states.tensors(), states.tensors(), strict=True):
-            slot[row : row + states.batch_size].copy_(source)
+        self.states.select(slice(row, row + states.batch_size)).copy_(states)
 
     def rewind_free(self) -> None:
         """Rows not in use are at position 0, however often they were stepped, and within any model's reach."""
