@@ -1,7 +1,11 @@
-"""kernels.c, compiled on first use by the machine's C compiler for its own processor, and kept for later starts."""
+"""kernels.c, compiled on first use by the machine's C compiler for its own processor, and kept for later starts.
+
+Run as a program, this file compiles without importing PyTorch, so that it can be done while another process does that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -10,9 +14,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: at worst two processes compile the same
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +66,31 @@ class Library:
 def library() -> Library | None:
     """The kernels, or None, with a line in the log, where they cannot be compiled. The first call takes a second."""
     try:
-        return Library(_compiled())
+        return Library(_compiled(_shared_folder() or Path(tempfile.mkdtemp(prefix="aft-"))))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("Decoding without compiled kernels, which is slower: %s", detail)
         return None
 
 
-def _compiled() -> Path:
+def compile_ahead() -> None:
+    """Compile, if that is needed, for other processes to find. Problems are theirs to report."""
+    folder = _shared_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            _compiled(folder)
+
+
+def _compiled(folder: Path) -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("there is no C compiler; install gcc or clang, or set CC.")
     command = [compiler, *FLAGS, *LINK_FLAGS]
-    path = _folder() / f"kernels-{_digest(command)}.so"
+    path = folder / f"kernels-{_digest(command)}.so"
     if not path.exists():
-        _compile(command, path)
+        with _lock(folder):
+            if not path.exists():
+                _compile(command, path)
     return path
 
 
@@ -79,19 +98,31 @@ def _compile(command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], check=True, capture_output=True)
-        os.replace(built, path)  # another server may compile the same at the same time
+        os.replace(built, path)
 
 
-def _folder() -> Path:
-    """Where libraries are kept; a private folder of this process where nothing can be kept."""
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Wait for another process that compiles the same. The lock ends with its process."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _shared_folder() -> Path | None:
+    """Where libraries are kept for all processes; None where nothing can be kept."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aft"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        return folder if os.access(folder, os.W_OK) else None
     except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="aft-"))
+        return None
 
 
 def _digest(command: Sequence[str]) -> str:
@@ -106,3 +137,7 @@ def _processor() -> bytes:
     except OSError:
         return platform.processor().encode()
     return b"\n".join(line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU")))
+
+
+if __name__ == "__main__":
+    compile_ahead()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +37,19 @@ def events(url: str, started: threading.Barrier, **parameters: Any) -> list[dict
 def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     with Server("--model", str(checkpoint), "--drain-timeout", request.param) as server:
         yield server
+
+
+def test_before_it_serves_a_server_can_be_stopped(checkpoint: Path) -> None:
+    """Also as the first process of a container, for which no signal has a default."""
+    process = subprocess.Popen([sys.executable, "-m", "server", "serve", "--model", str(checkpoint), "--port", "0"])
+    handled, deadline = re.compile(r"SigCgt:\s*(\w+)"), time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = handled.search(Path(f"/proc/{process.pid}/status").read_text())
+        assert found is not None
+        if int(found[1], 16) >> (signal.SIGTERM - 1) & 1:
+            break
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("server", ["60"], indirect=True)

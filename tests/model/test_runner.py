@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from model.config import Variant
 from model.errors import ConfigError, ContextLengthError
 from model.native import NativeRunner, PackedLinear, library
+from model.native.library import SOURCE
 from model.runner import CUDAGraphRunner, TorchRunner, make_runner
 from model.state import AFTState
 from tests.conftest import VARIANTS, random_model, tiny_config
@@ -158,6 +162,19 @@ def test_a_library_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest
         library.cache_clear()
         assert library() is not None
         (kept,) = (tmp_path / "aft").iterdir()
+    assert kept.suffix == ".so"
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nsleep 0.3\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CC": str(compiler)}
+    command = [sys.executable, str(SOURCE.with_name("library.py"))]
+    for process in [subprocess.Popen(command, env=environment) for _ in range(3)]:
+        assert process.wait() == 0
+    assert len(calls.read_text()) == 1
+    (kept,) = (tmp_path / "aft").iterdir()
     assert kept.suffix == ".so"
 
 
