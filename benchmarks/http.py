@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
 import typer
-from httpx2 import TransportError, get
 
+from benchmarks.servers import AFT, serving
 from server import BUNDLED_MODEL
 from server.bench import run, run_fast
 from server.engine import LLM, EngineConfig, SamplingParams
@@ -36,13 +31,14 @@ def main(
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     rates: dict[str, list[float]] = {"engine": [], "/generate": [], "/v1/completions": []}
-    with serving(clients) as url, multiprocessing.get_context("spawn").Pool(1) as pool:
+    command = (*AFT, "--max-num-seqs", f"{clients}")
+    with serving(command) as server, multiprocessing.get_context("spawn").Pool(1) as pool:
         for _ in range(rounds + 1):
             for path, found in rates.items():
                 if path == "engine":
                     found.append(pool.apply(engine_rate, (clients, requests, max_tokens)))
                 else:
-                    found.append(http_rate(url, path, clients, requests, max_tokens))
+                    found.append(http_rate(server.url, path, clients, requests, max_tokens))
     rates = {name: found[1:] for name, found in rates.items()}  # the first round warms up
     engine = sorted(rates["engine"])[rounds // 2]
     for name, found in rates.items():
@@ -73,28 +69,6 @@ def body(path: str, i: int, max_tokens: int) -> dict[str, Any]:
     if path == "/generate":
         return {"inputs": f"{PROMPT} {i}", "parameters": {"max_new_tokens": max_tokens, "do_sample": True, "seed": i}}
     return {"prompt": f"{PROMPT} {i}", "max_tokens": max_tokens, "seed": i}
-
-
-@contextmanager
-def serving(n_slots: int, *options: str) -> Iterator[str]:
-    """The address of a server of that many slots."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--max-num-seqs", str(n_slots), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                get(f"{url}/ready").raise_for_status()
-                break
-            except TransportError:
-                time.sleep(0.05)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 if __name__ == "__main__":

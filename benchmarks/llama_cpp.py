@@ -74,9 +74,9 @@ def build() -> Path:
 
 
 def write_model(shape: LlamaShape, path: Path, max_positions: int) -> None:
-    """A GGUF file of random float32 weights, without a vocabulary. Raises UnavailableError without the gguf package."""
+    """A GGUF file of random float32 weights, and of tokens without a meaning. Raises UnavailableError without gguf."""
     try:
-        from gguf import GGUFWriter
+        from gguf import GGUFWriter, TokenType
     except ImportError as error:
         raise UnavailableError("Models for llama.cpp need the package gguf.") from error
     random = np.random.default_rng(0)
@@ -91,7 +91,12 @@ def write_model(shape: LlamaShape, path: Path, max_positions: int) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(64)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_tokenizer_model("none")
+    writer.add_tokenizer_model("llama")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    writer.add_token_list([*special, *(f"t{i}" for i in range(len(special), shape.vocab_size))])
+    writer.add_token_scores([0.0] * shape.vocab_size)
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
+    writer.add_token_types([*kinds, *[TokenType.NORMAL] * (shape.vocab_size - len(kinds))])
 
     def matrix(name: str, *sizes: int) -> None:
         writer.add_tensor(f"{name}.weight", (0.02 * random.standard_normal(sizes)).astype(np.float32))
@@ -114,6 +119,14 @@ def write_model(shape: LlamaShape, path: Path, max_positions: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def model_file(name: str) -> Path:
+    """The model of a shape, written if it is not there. Raises UnavailableError."""
+    path = CACHE / f"{name}-with-tokens.gguf"
+    if not path.exists():
+        write_model(SHAPES[name], path, 16_384)
+    return path
 
 
 @dataclass(frozen=True)

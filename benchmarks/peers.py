@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import llama_cpp
+from benchmarks import llama_cpp, servers
 from model import AFTConfig, AFTForCausalLM
 from model.runner import Quantization, Runner, make_runner
 from model.state import AFTState
@@ -30,6 +31,7 @@ SHAPES = {
 }
 BATCH_SIZES, CONTEXTS, CHUNK = (1, 8, 32, 64), (128, 1024, 8192), 256
 LONGEST = 100_000
+SERVER_CLIENTS = (1, 8, 32)
 STEPS, ROUNDS = 48, 6
 Result = dict[str, Any]
 
@@ -46,11 +48,15 @@ def measure(
     """Everything, which takes some 20 minutes."""
     if threads:
         torch.set_num_threads(threads)
-    found: Result = {"threads": torch.get_num_threads(), "floors": floors(), "results": []}
+    found: Result = {"threads": torch.get_num_threads(), "floors": floors(), "results": [], "servers": []}
     for name in shape or SHAPES:
         for result in measured(name, peers):
             print(json.dumps(result), flush=True)
             found["results"].append({"shape": name, **result})
+            out.write_text(json.dumps(found, indent=1))
+        for result in of_servers(name, peers):
+            print(json.dumps(result), flush=True)
+            found["servers"].append({"shape": name, **result})
             out.write_text(json.dumps(found, indent=1))
 
 
@@ -133,10 +139,7 @@ def read_up_to(runner: Runner, contexts: Sequence[int]) -> dict[int, tuple[AFTSt
 
 
 def of_llama_cpp(name: str) -> Iterator[Result]:
-    path = llama_cpp.CACHE / f"{name}.gguf"
-    shape = llama_cpp.SHAPES[name]
-    if not path.exists():
-        llama_cpp.write_model(shape, path, 16_384)
+    path, shape = llama_cpp.model_file(name), llama_cpp.SHAPES[name]
     for context, batch_sizes in ((128, BATCH_SIZES), (1024, (1, 8, 32)), (8192, (1, 8))):
         found = llama_cpp.measure(path, context, batch_sizes, STEPS, torch.get_num_threads())
         for batch_size, speed in found.items():
@@ -188,9 +191,33 @@ def of_transformers(name: str) -> Iterator[Result]:
                 }
 
 
+def of_servers(name: str, peers: bool) -> Iterator[Result]:
+    """`aft serve`, with the threads that it chooses, and llama-server, whose contexts share room for 16,384 tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = servers.write_checkpoint(SHAPES[name], Path(folder))
+        with servers.serving([*servers.AFT, "--model", checkpoint]) as server:
+            yield {"engine": "this server", **servers.measure(server, CONTEXTS, SERVER_CLIENTS)}
+    if not peers:
+        return
+    try:
+        program = llama_cpp.build() / "llama-server"
+        threads = torch.get_num_threads()
+        options = {"-m": llama_cpp.model_file(name), "-t": threads, "-tb": threads, "-c": 16_384, "-np": 32}
+    except llama_cpp.UnavailableError as error:
+        print(error)
+        return
+    arguments = [f"{part}" for option in options.items() for part in option]
+    with servers.serving([program, "--kv-unified", *arguments], ready="/health") as server:
+        found = servers.measure(server, CONTEXTS, SERVER_CLIENTS, ignore_eos=True, cache_prompt=False)
+        yield {"engine": "llama-server", **found}
+
+
 @app.command()
-def report(found: Annotated[Path, typer.Argument(help="What `measure` wrote.")]) -> None:
-    """Tables in Markdown."""
+def report(
+    found: Annotated[Path, typer.Argument(help="What `measure` wrote.")],
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw, too.")] = None,
+) -> None:
+    """Tables in Markdown, and a picture of decoding speed against context."""
     data = json.loads(found.read_text())
     for name in SHAPES:
         rows = [result for result in data["results"] if result["shape"] == name]
@@ -201,6 +228,11 @@ def report(found: Annotated[Path, typer.Argument(help="What `measure` wrote.")])
             print(table([row for row in rows if row["batch"] == 1], "prefill"))
             print(f"\n{name}, of the floors\n")
             print(floor_table([row for row in rows if "weight_bytes" in row], data["floors"]))
+        if served := [result for result in data["servers"] if result["shape"] == name]:
+            print(f"\n{name}, over HTTP\n")
+            print(server_table(served))
+    if plot:
+        draw(data["results"], plot)
 
 
 def table(rows: list[Result], figure: str) -> str:
@@ -229,6 +261,42 @@ def floor_table(rows: list[Result], limits: dict[str, float]) -> str:
             arithmetic = row["decode"] * 2 * row["parameters"] / limits["matmul_flops_per_second"]
             lines.append(f"| {row['engine']} | {row['batch']} | {memory:.2f} | {arithmetic:.2f} |")
     return "\n".join(lines)
+
+
+def server_table(rows: list[Result]) -> str:
+    lines = ["| | " + " | ".join(row["engine"] for row in rows) + " |", "|---" * (1 + len(rows)) + "|"]
+
+    def line(name: str, figures: list[float], form: str) -> None:
+        ratios = [""] + [f" ({figure / figures[0]:.2f})" for figure in figures[1:]]
+        cells = [form.format(figure) + ratio for figure, ratio in zip(figures, ratios, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    line("ready after, s", [row["startup"] for row in rows], "{:.2f}")
+    for context in rows[0]["first_token"]:
+        figures = [1e3 * row["first_token"][context] for row in rows]
+        line(f"first token of a prompt of {int(context):,}, ms", figures, "{:,.1f}")
+    for clients in rows[0]["decode"]:
+        line(f"{clients} clients, tokens/s", [row["decode"][clients] for row in rows], "{:,.0f}")
+    line("memory at most, MiB", [row["peak_bytes"] / 2**20 for row in rows], "{:,.0f}")
+    return "\n".join(lines)
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Decoded tokens per second of 8 sequences against their context, one panel for each shape."""
+    import matplotlib.pyplot as plt
+
+    names = [name for name in SHAPES if any(row["shape"] == name for row in results)]
+    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    for panel, name in zip(panels[0], names, strict=True):
+        rows = [row for row in results if row["shape"] == name and row["batch"] == 8]
+        for engine in dict.fromkeys(row["engine"] for row in rows):
+            points = sorted((row["context"], row["decode"]) for row in rows if row["engine"] == engine)
+            panel.plot(*zip(*points, strict=True), marker="o", label=engine)
+        panel.set(title=f"{name}, 8 sequences", xlabel="context, tokens", xscale="log", yscale="log")
+    panels[0][0].set_ylabel("decoded tokens/s")
+    panels[0][-1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import httpx2
 import torch
 import typer
 
-from benchmarks.http import serving
+from benchmarks.servers import AFT, serving
 from model import load_checkpoint
 from server import BUNDLED_MODEL
 from server.engine import EngineConfig, LLMEngine, Request, SamplingParams
@@ -59,8 +59,11 @@ def inputs(turn: int) -> list[int]:
 
 @app.command()
 def turns(n_turns: int = 200) -> None:
-    with tempfile.TemporaryDirectory() as folder, serving(4, "--store", f"{Path(folder) / 'store.sqlite'}") as url:
-        client = Client(url)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving([*AFT, "--max-num-seqs", "4", "--store", Path(folder) / "store.sqlite"]) as server,
+    ):
+        client = Client(server.url)
         for _ in range(5):  # whatever is done once
             client.turn(inputs(0), client.session())
         session_id, said, seconds, sizes = client.session(), list[int](), list[float](), list[int]()
@@ -103,8 +106,8 @@ def forks(n_forks: int = 64, n_tokens: int = 16_000, rounds: int = 10) -> None:
     cache = 2 * 2 * config.n_layer * config.d_model * n_tokens
     print(f"in the engine: {1e6 * statistics.median(seconds):.0f} us and {state.nbytes:,} bytes for each branch")
     print(f"a key-value cache of this shape has {cache:,} bytes in 16 bits, {cache / state.nbytes:.0f} times as many")
-    with torch.inference_mode(), serving(4) as url:
-        client = Client(url)
+    with torch.inference_mode(), serving([*AFT, "--max-num-seqs", "4"]) as server:
+        client = Client(server.url)
         session_id = client.session()
         client.turn(prompt, session_id)
         seconds = []

@@ -1,0 +1,110 @@
+"""Servers as processes of this machine, `aft serve` or llama.cpp's, and what clients see of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from sentencepiece import sentencepiece_model_pb2
+
+from model import AFTConfig, AFTForCausalLM, Tokenizer, save_checkpoint
+from model.checkpoint import TOKENIZER_FILE
+from server import BUNDLED_MODEL
+from server.bench import run, run_fast
+
+AFT = (sys.executable, "-m", "server", "serve")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """seconds: from the command until the server was ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that the process has held so far."""
+        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        return int(kib) * 1024
+
+
+@contextmanager
+def serving(
+    command: Sequence[str | Path], *, ready: str = "/ready", environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """A server, once it is ready. `--port` is added to its command."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, started = f"http://127.0.0.1:{port}", time.perf_counter()
+    environment = {**os.environ, **(environment or {})}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*command, "--port", f"{port}"], env=environment, **quiet) as process:  # type: ignore[call-overload]
+        try:
+            while not _answers(url + ready):
+                if process.poll() is not None:
+                    raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
+                time.sleep(0.005)
+            yield Serving(url, process, time.perf_counter() - started)
+        finally:
+            process.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return bool(httpx2.get(url).status_code == 200)
+    except httpx2.TransportError:
+        return False
+
+
+def measure(server: Serving, contexts: Sequence[int], batch_sizes: Sequence[int], **options: Any) -> dict[str, Any]:
+    """Seconds to the first token of prompts that no one has sent before, tokens per second for clients that stream,
+    with prompts of 128 tokens of which reading is a part, and the most memory that the server held.
+    """
+
+    def seconds_and_tokens(n_clients: int, n_prompt: int, max_tokens: int, first: int) -> tuple[float, float, int]:
+        bodies = [
+            {"prompt": prompt(n_prompt, first + i), "max_tokens": max_tokens, "temperature": 0, **options}
+            for i in range(n_clients)
+        ]
+        started = time.perf_counter()
+        timings = run_fast(run(server.url, bodies, n_clients, path="/v1/completions"))
+        n_tokens = sum(len(timing.arrivals) - 1 for timing in timings)  # the last event is [DONE]
+        return timings[0].time_to_first_token, time.perf_counter() - started, n_tokens
+
+    seconds_and_tokens(1, 16, 8, 0)
+    first_token = {f"{n}": min(seconds_and_tokens(1, n, 4, 100 + i)[0] for i in range(3)) for n in contexts}
+    speeds = {}
+    for n_clients in batch_sizes:
+        _, seconds, n_tokens = seconds_and_tokens(n_clients, 128, 128, 200 + n_clients)
+        speeds[f"{n_clients}"] = n_tokens / seconds
+    return {"first_token": first_token, "decode": speeds, "startup": server.seconds, "peak_bytes": server.peak_bytes}
+
+
+def prompt(n_tokens: int, first: int) -> list[int]:
+    """Ordinary token ids; another `first` gives another prompt."""
+    return [300 + (17 * first + 7 * i) % 1000 for i in range(n_tokens)]
+
+
+def write_checkpoint(config: AFTConfig, folder: Path) -> Path:
+    """A checkpoint of random weights; its tokenizer is the bundled one, with pieces without a meaning added."""
+    proto = (BUNDLED_MODEL / TOKENIZER_FILE).read_bytes()
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
+    for i in range(len(pieces.pieces), config.vocab_size):
+        pieces.pieces.add(piece=f"t{i}", score=-1e3)
+    torch.manual_seed(0)
+    save_checkpoint(folder, AFTForCausalLM(config), Tokenizer(pieces.SerializeToString()))
+    return folder
