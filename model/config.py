@@ -1,4 +1,4 @@
-"""Architecture of an AFT language model."""
+"""Architecture of a language model of the AFT family."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any, Literal, Self, get_args
 
 from model.errors import ConfigError
 
-Variant = Literal["simple", "conv", "local", "full"]
+Variant = Literal["simple", "conv", "local", "full", "rwkv4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AFTConfig:
-    """Architecture of an AFT decoder. Raises ConfigError, naming the field, for any value out of range.
+    """Architecture of a decoder. Raises ConfigError, naming the field, for any value out of range.
 
     The last column names the variants that use a field; for the others it has no effect, so that one set of values
     can describe a comparison of variants.
 
-    variant              position bias: none, per head by distance, factorised in the window, factorised everywhere
+    variant              position bias: none, per head by distance, factorised in the window, factorised everywhere;
+                         or RWKV-4: a decay per feature, and blocks that mix each token with the one before it
     vocab_size           number of token ids
     d_model              width of the residual stream
     n_layer              number of blocks
@@ -29,6 +30,7 @@ class AFTConfig:
     max_positions        positions 0 .. max_positions - 1 exist, no more       local, full, position_embeddings
     d_ff                 inner width of the feed-forward layer; 4 * d_model if left out
     position_embeddings  add a learned embedding per position, as the paper does; bounds the context
+    tie_embeddings       the output projection is the embedding, not a matrix of its own
     norm_eps             added to the variance in layer norms
     dtype                dtype of the stored weights; the recurrent state is float32 whatever this says
     """
@@ -43,13 +45,15 @@ class AFTConfig:
     max_positions: int = 1024
     d_ff: int | None = None
     position_embeddings: bool = False
+    tie_embeddings: bool = True
     norm_eps: float = 1e-5
     dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         self._require(self.variant in get_args(Variant), "variant", f"one of {', '.join(get_args(Variant))}")
         self._require(self.dtype in get_args(Dtype), "dtype", f"one of {', '.join(get_args(Dtype))}")
-        self._require(isinstance(self.position_embeddings, bool), "position_embeddings", "true or false")
+        for name in ("position_embeddings", "tie_embeddings"):
+            self._require(isinstance(getattr(self, name), bool), name, "true or false")
         small = isinstance(self.norm_eps, float) and 0 < self.norm_eps < 1
         self._require(small, "norm_eps", "a number between 0 and 1")
         for name in ("vocab_size", "d_model", "n_layer", "n_head", "window", "d_bias", "max_positions"):
@@ -68,8 +72,9 @@ class AFTConfig:
 
     @property
     def bias_window(self) -> int:
-        """s: a pair of tokens at distance s or more has bias 0. A window of 1 with a zero bias is "simple"."""
-        return {"simple": 1, "conv": self.window, "local": self.window, "full": self.max_positions}[self.variant]
+        """s: a token at distance s or more is in the running sums. A window of 1 with a zero bias is "simple"."""
+        windows = {"simple": 1, "rwkv4": 1, "conv": self.window, "local": self.window, "full": self.max_positions}
+        return windows[self.variant]
 
     @property
     def context_limit(self) -> int | None:

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, C = d_model, H keys per token, D = C / H, Q queri
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ class PositionBias(nn.Module):
     def __init__(self, config: AFTConfig) -> None:
         super().__init__()
         self.window = config.bias_window
+
+    @property
+    def decay(self) -> Tensor | None:
+        """[H], nats per token by which tokens outside the window lose weight; None for 0."""
+        return None
 
     def forward(self, n_queries: int, n_keys: int, position: Tensor) -> Tensor:
         """Bias [B or 1, H or 1, Q, K] of the last Q of K tokens; -inf where the key is later than the query.
@@ -78,6 +84,28 @@ class FactorisedBias(PositionBias):
         return (u @ v.transpose(1, 2)).unsqueeze(1)
 
 
+class DecayBias(PositionBias):
+    """RWKV-4: w_{t,t'} = -(t - 1 - t') decay with decay = exp(time_decay), and time_first, a bonus, at t' = t."""
+
+    def __init__(self, config: AFTConfig) -> None:
+        super().__init__(config)
+        self.time_decay = nn.Parameter(torch.linspace(-5, 3, config.n_key))  # from 150 tokens to one
+        self.time_first = nn.Parameter(torch.full((config.n_key,), math.log(0.3)))
+
+    @property
+    def decay(self) -> Tensor:
+        return self.time_decay.float().exp().clamp(max=ops.LARGEST_DECAY)
+
+    def forward(self, n_queries: int, n_keys: int, position: Tensor) -> Tensor:
+        index = torch.arange(n_keys, device=position.device)
+        age = index[n_keys - n_queries :, None] - index  # [Q, K]
+        bias = torch.where(age > 0, (1 - age) * self.decay.view(-1, 1, 1), self.time_first.float().view(-1, 1, 1))
+        return bias.masked_fill(age < 0, float("-inf")).unsqueeze(0)
+
+    def by_distance(self, position: Tensor) -> Tensor:
+        return self.time_first.float().view(1, 1, -1)
+
+
 def position_bias(config: AFTConfig) -> PositionBias:
     match config.variant:
         case "simple":
@@ -86,6 +114,26 @@ def position_bias(config: AFTConfig) -> PositionBias:
             return ConvBias(config)
         case "local" | "full":
             return FactorisedBias(config)
+        case "rwkv4":
+            return DecayBias(config)
+
+
+def gated_step_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    state: LayerState,
+    decay: Tensor | None = None,
+) -> Tensor:
+    """sigmoid(q) AFT(k, v) [B, C] of one token, query [B, C], the others as of `ops.step_`; the state is stepped."""
+    if query.is_cuda and HAS_TRITON:
+        from model import triton_step
+
+        gated: Tensor = triton_step.gated_step_(query, key, value, bias, position, state, decay)
+        return gated
+    return torch.sigmoid(query) * ops.step_(key, value, bias, position, state, decay).flatten(-2)
 
 
 class AFTAttention(nn.Module):
@@ -115,15 +163,9 @@ class AFTAttention(nn.Module):
 
     def step_(self, x: Tensor, position: Tensor, state: LayerState) -> Tensor:
         """x [B, C] -> y [B, C]; the state becomes that after it."""
-        qkv, bias = self.qkv(x), self.bias.by_distance(position)
-        if x.is_cuda and HAS_TRITON:
-            from model.triton_step import gated_step_
-
-            gated = gated_step_(qkv, bias, position, state)
-        else:
-            query, key, value = qkv.split(self.widths, -1)
-            value = value.unflatten(-1, (self.n_key, self.d_key))
-            gated = torch.sigmoid(query) * ops.step_(key, value, bias, position, state).flatten(-2)
+        query, key, value = self.qkv(x).split(self.widths, -1)
+        value = value.unflatten(-1, (self.n_key, self.d_key))
+        gated = gated_step_(query, key, value, self.bias.by_distance(position), position, state)
         y: Tensor = self.out(gated.to(x.dtype))
         return y
 

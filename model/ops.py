@@ -6,6 +6,9 @@ Every variant has w = 0 outside a window, so one recurrence serves all: tokens i
 and value, in a ring; a token that leaves it is added to running sums (`absorb`). Only positive weights are ever
 summed, each relative to a maximum, so no finite key can overflow and none can turn a row into 0 / 0.
 
+RWKV-4 (Peng et al. 2023, equation 16) is the same without a window, w_{t,t'} = -(t - 1 - t') decay and a bonus for the
+token itself: the sums lose `decay` nats with every token.
+
 Shapes: B sequences, T tokens, H keys per token, D features per key, Q queries, K keys seen by them (K >= Q; the
 queries are the last Q of the K tokens), W = window - 1.
     keys [B, K, H]    values [B, K, H, D]    bias [B or 1, H or 1, Q, K], -inf where the key is later than the query
@@ -13,16 +16,21 @@ queries are the last Q of the K tokens), W = window - 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.state import EMPTY_KEY, LayerState, RunningSums
+from model.state import EMPTY_KEY, EMPTY_REFERENCE, LayerState, RunningSums
 
 BLOCK = 64  # tokens per block of the parallel form: its work per token grows with BLOCK + window
+DECAY_BLOCK = 32  # the same where sums decay, which costs an exponential for every pair and key
 REFERENCE_SLACK = 16.0  # nats by which a key may exceed the reference of the running sums before that moves
+SLOW_DECAY = 0.5  # nats; below, subtracting it from the reference would round it
+LARGEST_DECAY = 1e28  # nats per token; more cannot matter, and would overflow
 SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
 DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one
 
@@ -32,12 +40,19 @@ BiasFunction = Callable[[int, int, int], Tensor]  # (n_queries, n_keys, tokens o
 
 
 def forward(
-    keys: Tensor, values: Tensor, bias: BiasFunction, n_window: int, position: Tensor, state: LayerState | None
+    keys: Tensor,
+    values: Tensor,
+    bias: BiasFunction,
+    n_window: int,
+    position: Tensor,
+    state: LayerState | None,
+    decay: Tensor | None = None,
 ) -> tuple[Tensor, LayerState]:
     """Parallel form over T tokens that follow `state`: averages y [B, T, H, D] and the state after them.
 
     The tokens are taken in blocks that hand a state on, so the cost is linear in T, and cutting the input anywhere
-    gives the same function. keys [B, T, H], values [B, T, H, D]; n_window = W; position [B or 1] of the first token.
+    gives the same function. keys [B, T, H], values [B, T, H, D]; n_window = W; position [B or 1] of the first token;
+    decay [H] in nats per token, of the running sums, for W = 0; the bias has that of the tokens.
     """
     n_tokens = keys.shape[1]
     keys, values = _bounded(keys), values.float()
@@ -46,24 +61,27 @@ def forward(
     else:
         state = _roll(state, position)
     outputs = []
-    for start in range(0, n_tokens, BLOCK):
-        block_keys = torch.cat([state.keys, keys[:, start : start + BLOCK]], 1)
-        block_values = torch.cat([state.values, values[:, start : start + BLOCK]], 1)
-        n_queries = min(BLOCK, n_tokens - start)
+    block = BLOCK if decay is None else DECAY_BLOCK
+    for start in range(0, n_tokens, block):
+        block_keys = torch.cat([state.keys, keys[:, start : start + block]], 1)
+        block_values = torch.cat([state.values, values[:, start : start + block]], 1)
+        n_queries = min(block, n_tokens - start)
         block_bias = bias(n_queries, block_keys.shape[1], start)
-        outputs.append(average(block_keys, block_values, block_bias, state.running))
-        state = slide(state.running, block_keys, block_values, n_window)
+        outputs.append(average(block_keys, block_values, block_bias, state.running, decay))
+        state = slide(state, block_keys, block_values, n_window, decay)
     missing = n_window - state.keys.shape[1]
     if missing > 0:
         padded_keys = F.pad(state.keys, (0, 0, missing, 0), value=EMPTY_KEY)
-        state = LayerState(state.running, padded_keys, F.pad(state.values, (0, 0, 0, 0, missing, 0)))
+        state = replace(state, keys=padded_keys, values=F.pad(state.values, (0, 0, 0, 0, missing, 0)))
     return torch.cat(outputs, 1), _roll(state, -(position + n_tokens))
 
 
-def step_(key: Tensor, value: Tensor, bias: Tensor, position: Tensor, state: LayerState) -> Tensor:
+def step_(
+    key: Tensor, value: Tensor, bias: Tensor, position: Tensor, state: LayerState, decay: Tensor | None = None
+) -> Tensor:
     """Recurrent form for one token: averages y [B, H, D]; the state becomes that after it.
 
-    key [B, H], value [B, H, D], position [B], bias [B or 1, W+1, H or 1] by the distance to the token.
+    key [B, H], value [B, H, D], position [B], bias [B or 1, W+1, H or 1] by the distance to the token, decay [H].
     """
     key, value, running, n_window = _bounded(key), value.float(), state.running, state.keys.shape[1]
     distance = (position.unsqueeze(1) - 1 - torch.arange(n_window, device=key.device)) % max(n_window, 1) + 1  # [B, W]
@@ -79,11 +97,11 @@ def step_(key: Tensor, value: Tensor, bias: Tensor, position: Tensor, state: Lay
     carried = torch.exp(carried_logit - peak).unsqueeze(-1) * _total(running)
     numerator = (weights.unsqueeze(-1) * values).sum(1) + carried[..., :-1]
     denominator = weights.sum(1) + carried[..., -1]
-    _replace_oldest_(key, value, position, state)
+    _replace_oldest_(key, value, position, state, decay)
     return numerator / denominator.unsqueeze(-1)
 
 
-def _replace_oldest_(key: Tensor, value: Tensor, position: Tensor, state: LayerState) -> None:
+def _replace_oldest_(key: Tensor, value: Tensor, position: Tensor, state: LayerState, decay: Tensor | None) -> None:
     """The token takes the slot of the one that leaves the window, which goes into the running sums."""
     rows, n_window = torch.arange(len(key), device=key.device), state.keys.shape[1]
     if n_window:
@@ -92,26 +110,28 @@ def _replace_oldest_(key: Tensor, value: Tensor, position: Tensor, state: LayerS
         state.keys[rows, slot], state.values[rows, slot] = key, value
     else:
         leaving_key, leaving_value = key, value
-    after = absorb(state.running, leaving_key.unsqueeze(1), leaving_value.unsqueeze(1))
+    after = absorb(state.running, leaving_key.unsqueeze(1), leaving_value.unsqueeze(1), decay)
     for old, new in zip(state.running.tensors(), after.tensors(), strict=True):
         old.copy_(new)
 
 
-def average(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
+def average(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums, decay: Tensor | None = None) -> Tensor:
     """y [B, Q, H, D] for the last Q of K tokens, by whichever form is fast and exact here.
 
     The direct form costs an exponential per (query, key, H); the factorised one needs a bias common to all H, and
     is much cheaper when there is a key per feature. It says itself whether it was exact.
     """
-    if bias.shape[1] == 1 and values.shape[3] == 1:
+    if bias.shape[1] == 1 and values.shape[3] == 1 and decay is None:
         output, denominator = average_factorised(keys, values, bias[:, 0], running)
         if bool((denominator > SAFE_DENOMINATOR).all()):
             return output
         return _average_direct_by_rows(keys, values, bias, running)
-    return average_direct(keys, values, bias, running)
+    return average_direct(keys, values, bias, running, decay)
 
 
-def average_direct(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
+def average_direct(
+    keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums, decay: Tensor | None = None
+) -> Tensor:
     """Each row against its own maximum: exact for any keys and any bias. Returns y [B, Q, H, D]."""
     # A key is taken relative to the largest that its row sees, then the bias is added: k + w alone would round to
     # 1e-5 at |k| = 200, and so would the difference to a key that jumps up later.
@@ -119,6 +139,8 @@ def average_direct(keys: Tensor, values: Tensor, bias: Tensor, running: RunningS
     top = torch.maximum(seen, running.reference.unsqueeze(1)).detach().transpose(1, 2)  # [B, H, Q]
     logits = (keys.transpose(1, 2).unsqueeze(2) - top.unsqueeze(-1)) + bias  # [B, H, Q, K]
     carried_logit = running.reference.unsqueeze(-1) - top  # [B, H, Q]
+    if decay is not None:
+        carried_logit = carried_logit - decay.unsqueeze(-1) * torch.arange(bias.shape[2], device=decay.device)
     peak = torch.maximum(logits.amax(-1), carried_logit).detach()
     weights = torch.exp(logits - peak.unsqueeze(-1))
     carried = torch.exp(carried_logit - peak).unsqueeze(-1) * _total(running).unsqueeze(2)  # [B, H, Q, D+1]
@@ -157,31 +179,72 @@ def average_factorised(keys: Tensor, values: Tensor, bias: Tensor, running: Runn
     return (numerator / denominator).unsqueeze(-1), denominator
 
 
-def slide(running: RunningSums, keys: Tensor, values: Tensor, n_window: int) -> LayerState:
+def slide(state: LayerState, keys: Tensor, values: Tensor, n_window: int, decay: Tensor | None) -> LayerState:
     """Keep the last W of K tokens as the window; the others have left it and go into the running sums."""
     n_leaving = max(keys.shape[1] - n_window, 0)
+    running = state.running
     if n_leaving:
-        running = absorb(running, keys[:, :n_leaving], values[:, :n_leaving])
-    return LayerState(running, keys[:, n_leaving:], values[:, n_leaving:])
+        running = absorb(running, keys[:, :n_leaving], values[:, :n_leaving], decay)
+    return replace(state, running=running, keys=keys[:, n_leaving:], values=values[:, n_leaving:])
 
 
-def absorb(running: RunningSums, keys: Tensor, values: Tensor) -> RunningSums:
-    """Add tokens keys [B, N, H], values [B, N, H, D] to the running sums, with bias 0.
+def absorb(running: RunningSums, keys: Tensor, values: Tensor, decay: Tensor | None = None) -> RunningSums:
+    """Add tokens keys [B, N, H], values [B, N, H, D] to the running sums, with bias 0, or less by decay [H] per token.
 
     Two errors could grow with the length of a sequence. Adding a small term to a large sum loses its low bits: the
     loss is kept in `compensation`. Rescaling at each new maximum rounds: so the reference moves only when a key
-    exceeds it by 16 nats, and whatever is rescaled then weighs less than 1e-7 of the new term.
+    exceeds it by 16 nats, and whatever is rescaled then weighs less than 1e-7 of the new term. For sums that decay see
+    `_decayed`.
     """
-    top = keys.amax(1).detach()
-    reference = torch.where(top > running.reference + REFERENCE_SLACK, top, running.reference)
-    weights = torch.exp(keys - reference.unsqueeze(1))  # [B, N, H]
+    before, faded = running.reference, None
+    if decay is not None:
+        age = torch.arange(keys.shape[1] - 1, -1, -1, device=keys.device)
+        faded = decay * age.unsqueeze(1)  # [N, H]
+        before = _sunk(running, keys.shape[1] * decay.detach())
+    top = (keys if faded is None else keys - faded).amax(1).detach()
+    reference = torch.where(top > before + REFERENCE_SLACK, top, before)
+    logits = keys - reference.unsqueeze(1)
+    weights = torch.exp(logits if faded is None else logits - faded)  # [B, N, H]
     added = torch.cat([(weights.unsqueeze(-1) * values).sum(1), weights.sum(1).unsqueeze(-1)], -1)
-    scale = torch.exp(running.reference - reference).unsqueeze(-1)
+    if decay is None:
+        scale = torch.exp(running.reference - reference).unsqueeze(-1)
+        compensation = running.compensation * scale
+    else:
+        scale, change = _decayed(running.reference, reference, keys.shape[1] * decay)
+        added = added + running.sums * change
+        compensation = running.compensation * (scale + change)
     sums = running.sums * scale
     total = sums + added
     rounded = total - sums  # the part of `added` that arrived (Knuth's two-sum)
     lost = (sums - (total - rounded)) + (added - rounded)
-    return RunningSums(reference, total, running.compensation * scale + lost)
+    return RunningSums(reference, total, compensation + lost)
+
+
+def _sunk(running: RunningSums, faded: Tensor) -> Tensor:
+    """The reference [B, H] of sums that lost `faded` [H] nats, so that they cannot fall to 0 beside it.
+
+    It sinks with them, or, where that would round a small decay anew at every token, by the slack when they are low.
+    """
+    is_low = running.sums[..., -1] * torch.exp(-faded) < math.exp(-REFERENCE_SLACK)
+    sinks_by = torch.where(faded > SLOW_DECAY, faded, torch.where(is_low, REFERENCE_SLACK, 0.0))
+    return (running.reference - sinks_by).clamp(min=EMPTY_REFERENCE)
+
+
+def _decayed(before: Tensor, reference: Tensor, faded: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [B, H, 1] of sums that lose `faded` [H] nats and get another reference: sums * scale + sums * change.
+
+    A slow decay is a small change of sums that keep their scale: rounded as a factor of them it would be another decay.
+    """
+    with_sums = (before - faded) - reference  # exactly 0 where the reference sank with the sums
+    scale = torch.exp(torch.where(faded > SLOW_DECAY, with_sums, (before - reference) - faded))
+    is_kept = (before == reference) & (faded <= SLOW_DECAY)
+    change = torch.where(is_kept, torch.expm1(-faded), 0.0)
+    return torch.where(is_kept, 1.0, scale).unsqueeze(-1), change.unsqueeze(-1)
+
+
+def decay_factors(decay: Tensor) -> Tensor:
+    """[2, H] for kernels that add one token: decay, and the change by it of sums that keep their scale."""
+    return torch.stack([decay, torch.expm1(-decay)])
 
 
 def _roll(state: LayerState, position: Tensor) -> LayerState:
@@ -193,7 +256,7 @@ def _roll(state: LayerState, position: Tensor) -> LayerState:
     order = order.expand(batch_size, -1).unsqueeze(-1)
     keys = state.keys.gather(1, order.expand(-1, -1, n_key))
     values = state.values.gather(1, order.unsqueeze(-1).expand_as(state.values))
-    return LayerState(state.running, keys, values)
+    return replace(state, keys=keys, values=values)
 
 
 def _bounded(keys: Tensor) -> Tensor:

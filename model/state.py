@@ -19,7 +19,7 @@ EMPTY_REFERENCE = torch.finfo(torch.float32).min  # finite, so that no differenc
 
 @dataclass(frozen=True)
 class RunningSums:
-    """Sums over every token that has left the window, where its bias is 0 for ever.
+    """Sums over every token that has left the window, where its bias is 0 for ever, or falls with every token.
 
     The value of a token is extended by a constant 1, so one tensor holds both sums of the paper's formula:
     numerator sum exp(k - reference) v in [..., :D], denominator sum exp(k - reference) in [..., D].
@@ -45,33 +45,38 @@ class RunningSums:
 
 @dataclass(frozen=True)
 class LayerState:
-    """State of one layer: the running sums, and the window of tokens that still have a bias.
+    """State of one layer: the running sums, the window of tokens that still have a bias, and inputs to be mixed in.
 
     The window is a ring, so that a token is written once: that of position t is in slot t mod W.
 
-    keys   [B, W, H]
-    values [B, W, H, D]
+    keys    [B, W, H]
+    values  [B, W, H, D]
+    shifted [B, S, C]    what S parts of the layer got for the last token; S is 2 for RWKV-4, otherwise 0
     """
 
-    N_TENSORS: ClassVar[int] = 5
+    N_TENSORS: ClassVar[int] = 6
 
     running: RunningSums
     keys: Tensor
     values: Tensor
+    shifted: Tensor
 
     @staticmethod
-    def empty(batch_size: int, n_key: int, d_key: int, n_window: int, device: torch.device) -> LayerState:
+    def empty(
+        batch_size: int, n_key: int, d_key: int, n_window: int, device: torch.device, *, n_shifted: int = 0
+    ) -> LayerState:
         keys = torch.full((batch_size, n_window, n_key), EMPTY_KEY, device=device)
         values = torch.zeros(batch_size, n_window, n_key, d_key, device=device)
-        return LayerState(RunningSums.empty(batch_size, n_key, d_key, device), keys, values)
+        shifted = torch.zeros(batch_size, n_shifted, n_key * d_key, device=device)
+        return LayerState(RunningSums.empty(batch_size, n_key, d_key, device), keys, values, shifted)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return *self.running.tensors(), self.keys, self.values
+        return *self.running.tensors(), self.keys, self.values, self.shifted
 
     @staticmethod
     def from_tensors(tensors: Sequence[Tensor]) -> LayerState:
-        reference, sums, compensation, keys, values = tensors
-        return LayerState(RunningSums(reference, sums, compensation), keys, values)
+        reference, sums, compensation, *others = tensors
+        return LayerState(RunningSums(reference, sums, compensation), *others)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from model.config import AFTConfig
 from model.errors import ContextLengthError
 from model.layers import Block
+from model.rwkv4 import RWKV4Block
 from model.state import AFTState
 
 
@@ -25,7 +26,7 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 class AFTForCausalLM(nn.Module):
-    """Decoder of AFT blocks with tied input and output embeddings.
+    """Decoder of AFT or RWKV-4 blocks.
 
     `forward` reads any number of tokens from any state; `step` reads one. Both are the same function of the tokens.
     """
@@ -37,9 +38,14 @@ class AFTForCausalLM(nn.Module):
         self.position_embedding = (
             nn.Embedding(config.max_positions, config.d_model) if config.position_embeddings else None
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        is_rwkv4 = config.variant == "rwkv4"
+        self.embedding_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if is_rwkv4 else None
+        self.blocks = nn.ModuleList(RWKV4Block(config) if is_rwkv4 else Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.head: nn.Module | None = None  # the output projection, where it has another form than the embedding
+        # The output projection, where it is not the embedding or has another form.
+        self.head: nn.Module | None = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._init_weights()
         self.to(getattr(torch, config.dtype))
 
@@ -118,12 +124,14 @@ class AFTForCausalLM(nn.Module):
         logits: Tensor = self.head(hidden) if self.head else F.linear(hidden, self.embedding.weight)
         return logits.float()
 
-    def _blocks(self) -> list[Block]:
+    def _blocks(self) -> list[Block | RWKV4Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x: Tensor = self.embedding(token_ids)
-        return x if self.position_embedding is None else x + self.position_embedding(positions)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def check_context(self, position: Tensor, n_tokens: int) -> None:
         """Raises ContextLengthError if that many tokens from position [B] on are more than the model can read."""
@@ -141,5 +149,5 @@ class AFTForCausalLM(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 is_residual = name.endswith(("attention.out", "feed_forward.down"))
                 nn.init.normal_(module.weight, std=residual_std if is_residual else 0.02)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)

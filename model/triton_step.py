@@ -6,32 +6,48 @@ Shapes as in ops.py: B sequences, H keys per token, D features per key, W = wind
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops import LARGEST_KEY, REFERENCE_SLACK
-from model.state import LayerState
+from model.ops import LARGEST_KEY, REFERENCE_SLACK, SLOW_DECAY, decay_factors
+from model.state import EMPTY_REFERENCE, LayerState
 
 FEATURES_PER_PROGRAM = 64
 
 
-def gated_step_(qkv: Tensor, bias: Tensor, position: Tensor, state: LayerState) -> Tensor:
+def gated_step_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    state: LayerState,
+    decay: Tensor | None = None,
+) -> Tensor:
     """sigmoid(q) AFT(k, v) [B, C] in float32; the state becomes that after the token.
 
-    qkv [B, C + H + C], bias by distance [B or 1, W+1, H or 1], position [B]; the state's tensors are contiguous.
+    query [B, C], key [B, H], value [B, H, D], bias by distance [B or 1, W+1, H or 1], position [B], decay [H]; the
+    state's tensors are contiguous.
     """
     batch_size, n_window, n_key, d_key = state.values.shape
-    qkv, bias = qkv.float().contiguous(), bias.contiguous()
-    output = torch.empty(batch_size, n_key * d_key, device=qkv.device)
+    query, key, value = (part.float().contiguous() for part in (query, key, value))
+    bias = bias.contiguous()
+    output = torch.empty(batch_size, n_key * d_key, device=query.device)
     block_d = triton.next_power_of_2(d_key)
     block_h = max(1, FEATURES_PER_PROGRAM // block_d) if d_key == 1 else 1
+    *of_sums_and_window, _ = state.tensors()
     _step[(batch_size, triton.cdiv(n_key, block_h))](
-        qkv,
+        query,
+        key,
+        value,
         bias,
         position,
-        *state.tensors(),
+        *of_sums_and_window,
+        bias if decay is None else decay_factors(decay),
         output,
         n_key,
         d_key,
@@ -39,9 +55,13 @@ def gated_step_(qkv: Tensor, bias: Tensor, position: Tensor, state: LayerState) 
         bias.stride(0) if bias.shape[0] > 1 else 0,
         SHARED_BIAS=bias.shape[2] == 1,
         HAS_WINDOW=n_window > 0,
+        HAS_DECAY=decay is not None,
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         SLACK=REFERENCE_SLACK,
+        LOW=math.exp(-REFERENCE_SLACK),
+        SLOW=SLOW_DECAY,
+        LOWEST=EMPTY_REFERENCE,
         LARGEST=LARGEST_KEY,
     )
     return output
@@ -49,7 +69,9 @@ def gated_step_(qkv: Tensor, bias: Tensor, position: Tensor, state: LayerState) 
 
 @triton.jit
 def _step(
-    qkv,
+    queries,
+    new_keys,
+    new_values,
     bias,
     position,
     reference,
@@ -57,6 +79,7 @@ def _step(
     compensation,
     keys,
     values,
+    decay,
     output,
     n_key,
     d_key,
@@ -64,9 +87,13 @@ def _step(
     bias_stride,
     SHARED_BIAS: tl.constexpr,  # noqa: N803
     HAS_WINDOW: tl.constexpr,  # noqa: N803
+    HAS_DECAY: tl.constexpr,  # noqa: N803
     BLOCK_H: tl.constexpr,  # noqa: N803
     BLOCK_D: tl.constexpr,  # noqa: N803
     SLACK: tl.constexpr,  # noqa: N803
+    LOW: tl.constexpr,  # noqa: N803
+    SLOW: tl.constexpr,  # noqa: N803
+    LOWEST: tl.constexpr,  # noqa: N803
     LARGEST: tl.constexpr,  # noqa: N803
 ):
     row = tl.program_id(0)
@@ -76,11 +103,10 @@ def _step(
     is_value = is_key[:, None] & (d < d_key)[None, :]
     width = n_key * d_key
     feature = h[:, None] * d_key + d[None, :]
-    token = qkv + row * (2 * width + n_key)
-    query = tl.load(token + feature, mask=is_value, other=0.0)
-    key = tl.load(token + width + h, mask=is_key, other=0.0)
+    query = tl.load(queries + row * width + feature, mask=is_value, other=0.0)
+    key = tl.load(new_keys + row * n_key + h, mask=is_key, other=0.0)
     key = tl.minimum(tl.maximum(key, -LARGEST), LARGEST)
-    value = tl.load(token + width + n_key + feature, mask=is_value, other=0.0)
+    value = tl.load(new_values + row * width + feature, mask=is_value, other=0.0)
     before = tl.load(reference + row * n_key + h, mask=is_key, other=0.0)
     ring_keys = keys + row * n_window * n_key + h
     ring_values = values + row * n_window * width + feature
@@ -124,19 +150,30 @@ def _step(
         leaving_value = tl.load(ring_values + slot * width, mask=is_value, other=0.0)
         tl.store(ring_keys + slot * n_key, key, mask=is_key)
         tl.store(ring_values + slot * width, value, mask=is_value)
-    after = tl.where(leaving_key > before + SLACK, leaving_key, before)
-    scale, weight = tl.exp(before - after), tl.exp(leaving_key - after)
+    faded, sunk = 0.0 * before, before
+    if HAS_DECAY:  # ops._sunk
+        faded = tl.load(decay + h, mask=is_key, other=0.0)
+        sinks_by = tl.where(faded > SLOW, faded, tl.where(sum_1 * tl.exp(-faded) < LOW, SLACK, 0.0))
+        sunk = tl.maximum(before - sinks_by, LOWEST)
+    after = tl.where(leaving_key > sunk + SLACK, leaving_key, sunk)
+    exponent = tl.where(faded > SLOW, (before - faded) - after, (before - after) - faded)
+    scale, weight = tl.exp(exponent), tl.exp(leaving_key - after)
+    change = 0.0 * before
+    if HAS_DECAY:  # ops._decayed
+        is_kept = (before == after) & (faded <= SLOW)
+        scale = tl.where(is_kept, 1.0, scale)
+        change = tl.where(is_kept, tl.load(decay + n_key + h, mask=is_key, other=0.0), 0.0)
     scaled = sum_v * scale[:, None]
-    added = weight[:, None] * leaving_value
+    added = weight[:, None] * leaving_value + sum_v * change[:, None]
     total = scaled + added
     rounded = total - scaled
     lost = (scaled - (total - rounded)) + (added - rounded)
     tl.store(sums + ats, total, mask=is_value)
-    tl.store(compensation + ats, lost_v * scale[:, None] + lost, mask=is_value)
-    scaled_1 = sum_1 * scale
-    total_1 = scaled_1 + weight
+    tl.store(compensation + ats, lost_v * (scale + change)[:, None] + lost, mask=is_value)
+    scaled_1, added_1 = sum_1 * scale, weight + sum_1 * change
+    total_1 = scaled_1 + added_1
     rounded_1 = total_1 - scaled_1
-    lost_of_1 = (scaled_1 - (total_1 - rounded_1)) + (weight - rounded_1)
+    lost_of_1 = (scaled_1 - (total_1 - rounded_1)) + (added_1 - rounded_1)
     tl.store(sums + at + d_key, total_1, mask=is_key)
-    tl.store(compensation + at + d_key, lost_1 * scale + lost_of_1, mask=is_key)
+    tl.store(compensation + at + d_key, lost_1 * (scale + change) + lost_of_1, mask=is_key)
     tl.store(reference + row * n_key + h, after, mask=is_key)

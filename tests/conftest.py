@@ -28,7 +28,7 @@ STORIES = [
     "The bird said, “Good morning, fox!” The fox said, “Good morning, bird!”\n\nThey were friends for ever.",
     "Ann had 3 cats and 12 dogs. The cats slept in the sun. The dogs ran to the park and played with a ball.",
 ]
-VARIANTS: list[Variant] = ["simple", "conv", "local", "full"]
+VARIANTS: list[Variant] = ["simple", "conv", "local", "full", "rwkv4"]
 
 
 def tiny_config(variant: Variant = "conv", **changes: object) -> AFTConfig:

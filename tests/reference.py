@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from model.layers import ConvBias, FactorisedBias, PositionBias
+from model.layers import ConvBias, DecayBias, FactorisedBias, PositionBias
 
 Bias = Callable[[int, int, int], Tensor]  # (h, t, t') -> w, a float64 scalar
 
@@ -42,4 +42,7 @@ def reference_bias(bias: PositionBias) -> Bias:
     if isinstance(bias, FactorisedBias):
         query, key = bias.query.double(), bias.key.double()
         return lambda h, t, s: (query[t] * key[s]).sum() if t - s < bias.window else zero
+    if isinstance(bias, DecayBias):
+        decay, first = bias.time_decay.double().exp(), bias.time_first.double()
+        return lambda h, t, s: first[h] if s == t else -(t - 1 - s) * decay[h]
     return lambda h, t, s: zero

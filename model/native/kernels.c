@@ -29,13 +29,13 @@ typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
 typedef int64_t i64;
 #define INLINE static inline __attribute__((always_inline))
 
-enum kind { EMBED, NORM, LINEAR, FACTORISED_BIAS, AFT };
-enum activation { NONE, GELU };
+enum kind { EMBED, NORM, LINEAR, FACTORISED_BIAS, AFT, TOKEN_SHIFT, ADD_GATED };
+enum activation { NONE, GELU, RELU_SQUARED };
 
 /* What the fields mean is said at each operation. `in`, `out`: [rows, ...] with a stride in elements. */
 struct op {
     i64 kind;
-    i64 n[6];
+    i64 n[7];
     const void *in, *in2;
     const void *weights[4];
     void *out;
@@ -192,10 +192,11 @@ static void tile(int n_rows, const float *x, i64 stride, const void *weights, i6
 
 /* LINEAR: out [rows, N] = activation(in [rows, K] W^T * scale + bias), or that added to out.
  * weights: W in panels [N / PANEL, K, PANEL], float or int8; scale [N] of int8; bias [N] or none.
- * n: N, K, stride of in, activation, whether W is int8, whether to add
+ * n: N, K, strides of in and out, activation, whether W is int8, whether to add
  */
 static void linear(const struct op *op, i64 rows, int thread, int n_threads) {
-    i64 n = op->n[0], k = op->n[1], stride = op->n[2], activation = op->n[3], is_int8 = op->n[4], adds = op->n[5];
+    i64 n = op->n[0], k = op->n[1], stride = op->n[2], out_stride = op->n[3];
+    i64 activation = op->n[4], is_int8 = op->n[5], adds = op->n[6];
     const float *scale = op->weights[1], *bias = op->weights[2];
     i64 begin, end, block = ROW_BLOCK_BYTES / (4 * k) / MAX_TILE * MAX_TILE;
     if (block < MAX_TILE) block = MAX_TILE;
@@ -209,10 +210,11 @@ static void linear(const struct op *op, i64 rows, int thread, int n_threads) {
                 int n_rows = (int)(last - row < MAX_TILE ? last - row : MAX_TILE);
                 tile(n_rows, (const float *)op->in + row * stride, stride, op->weights[0], panel, k, (int)is_int8, sums);
                 for (int i = 0; i < n_rows; i++) {
-                    float *y = sums + i * PANEL, *out = (float *)op->out + (row + i) * n + column;
+                    float *y = sums + i * PANEL, *out = (float *)op->out + (row + i) * out_stride + column;
                     if (scale) for (i64 c = 0; c < width; c++) y[c] *= scale[column + c];
                     if (bias) for (i64 c = 0; c < width; c++) y[c] += bias[column + c];
                     if (activation == GELU) for (i64 c = 0; c < width; c++) y[c] = gelu(y[c]);
+                    if (activation == RELU_SQUARED) for (i64 c = 0; c < width; c++) y[c] = y[c] > 0 ? y[c] * y[c] : 0;
                     if (adds) for (i64 c = 0; c < width; c++) out[c] += y[c];
                     else for (i64 c = 0; c < width; c++) out[c] = y[c];
                 }
@@ -241,12 +243,13 @@ struct row {
     const float *bias;                 /* by distance */
     i64 bias_stride;                   /* between distances: n_key, or 1 if all keys share the bias */
     const float *key, *value;
+    const float *decay, *change; /* ops.decay_factors: nats that the sums lose, their change while they keep their scale */
     float *reference, *sums, *compensation, *keys, *values;
 };
 
 enum { BLOCK = 64 }; /* keys that are taken together, side by side in vectors */
-enum { SLACK = 16 }; /* REFERENCE_SLACK of ops.py */
-static const float LARGEST_KEY = 1e38f;
+enum { SLACK = 16 }; /* REFERENCE_SLACK of ops.py; the others are called there as here */
+static const float LARGEST_KEY = 1e38f, SLOW_DECAY = 0.5f, EMPTY_REFERENCE = -3.40282347e38f, LOW = 1.12535175e-7f;
 INLINE float bounded(float key) { return lowest(highest(key, -LARGEST_KEY), LARGEST_KEY); }
 
 INLINE const float *bias_of(const struct row *r, i64 h, i64 j) {
@@ -320,11 +323,32 @@ INLINE void average(const struct row *r, i64 h, i64 n, const float *weights, con
     }
 }
 
-/* Neumaier: s = scale * s + added, and what rounding took goes to c. */
-INLINE void add_compensated(float *s, float *c, float scale, float added) {
-    float scaled = *s * scale, sum = scaled + added, rounded = sum - scaled;
-    *c = *c * scale + ((scaled - (sum - rounded)) + (added - rounded));
+/* Neumaier: s = s * scale + s * change + added, and what rounding took goes to c. */
+INLINE void add_compensated(float *s, float *c, float scale, float change, float added) {
+    float scaled = *s * scale, more = added + *s * change, sum = scaled + more, rounded = sum - scaled;
+    *c = *c * (scale + change) + ((scaled - (sum - rounded)) + (more - rounded));
     *s = sum;
+}
+
+/* ops.absorb for one token: the reference of key i, and the factors of its sums, which may decay. */
+INLINE float next_reference(const struct row *r, i64 i, float leaving, float *scale, float *change) {
+    float before = r->reference[i], reference = before;
+    *change = 0.0f;
+    if (!r->decay) {
+        if (leaving > before + SLACK) reference = leaving;
+        *scale = expf_(before - reference);
+        return reference;
+    }
+    float decay = r->decay[i], left = r->sums[i * (r->d_key + 1) + r->d_key] * (1.0f + r->change[i]);
+    float sinks_by = decay > SLOW_DECAY ? decay : left < LOW ? SLACK : 0.0f;
+    float sunk = highest(before - sinks_by, EMPTY_REFERENCE);
+    reference = leaving > sunk + SLACK ? leaving : sunk;
+    if (decay <= SLOW_DECAY && reference == before) {
+        *scale = 1.0f, *change = r->change[i];
+    } else {
+        *scale = expf_(decay > SLOW_DECAY ? (before - decay) - reference : (before - reference) - decay);
+    }
+    return reference;
 }
 
 /* The token takes the slot of the one that leaves the window, which goes into the running sums. */
@@ -333,13 +357,12 @@ INLINE void replace_oldest(const struct row *r, i64 h, i64 n) {
     for (i64 i = h; i < h + n; i++) {
         float key = bounded(r->key[i]);
         float *slot_key = r->keys + r->slot * r->n_key + i, *slot_value = r->values + (r->slot * r->n_key + i) * width;
-        float leaving = r->n_window ? *slot_key : key, before = r->reference[i];
+        float leaving = r->n_window ? *slot_key : key, scale, change;
         const float *value = r->n_window ? slot_value : r->value + i * width;
-        float reference = leaving > before + SLACK ? leaving : before;
-        float scale = expf_(before - reference), weight = expf_(leaving - reference);
+        float reference = next_reference(r, i, leaving, &scale, &change), weight = expf_(leaving - reference);
         float *sums = r->sums + i * (width + 1), *compensation = r->compensation + i * (width + 1);
-        for (i64 d = 0; d < width; d++) add_compensated(sums + d, compensation + d, scale, weight * value[d]);
-        add_compensated(sums + width, compensation + width, scale, weight);
+        for (i64 d = 0; d < width; d++) add_compensated(sums + d, compensation + d, scale, change, weight * value[d]);
+        add_compensated(sums + width, compensation + width, scale, change, weight);
         r->reference[i] = reference;
         if (r->n_window) {
             *slot_key = key;
@@ -350,7 +373,8 @@ INLINE void replace_oldest(const struct row *r, i64 h, i64 n) {
 
 /* AFT: out [rows, H D] = sigmoid(q) * average, for in [rows, HD + H + HD] = q, k, v; the state becomes the next.
  * The rows are sequences, of one token each, or all rows are tokens of one sequence, one after the other.
- * in2: position [rows] int64; weights[0]: bias by distance, [W + 1, H or 1] for all rows, or one for each
+ * in2: position [rows] int64; weights[0]: bias by distance, [W + 1, H or 1] for all rows, or one for each;
+ * weights[1]: [2, H] decay and change of each key, if the sums decay
  * state: reference [sequences, H], sums and compensation [sequences, H, D + 1], keys [sequences, W, H],
  * values [sequences, W, H, D], scratch [threads, W, BLOCK]
  * n: H, D, W, stride of the bias between rows, between distances, whether it is one sequence
@@ -373,6 +397,10 @@ static void aft(const struct op *op, i64 rows, int thread, int n_threads) {
             .keys = (float *)op->state[3] + b * n_window * n_key,
             .values = (float *)op->state[4] + b * n_window * width,
         };
+        if (op->weights[1]) {
+            r.decay = op->weights[1];
+            r.change = r.decay + n_key;
+        }
         for (i64 row = b * n_tokens; row < (b + 1) * n_tokens; row++) {
             const float *query = (const float *)op->in + row * (2 * width + n_key);
             float *out = (float *)op->out + row * width;
@@ -388,6 +416,35 @@ static void aft(const struct op *op, i64 rows, int thread, int n_threads) {
     }
 }
 
+/* TOKEN_SHIFT: out [M, capacity, C] = mix * in + (1 - mix) * before, for in [rows, C], what came one token before it,
+ * and M mixes, weights[0] [M, C]. Rows as of AFT; state[0]: the last token [sequences, S, C], replaced.
+ * n: C, M, capacity, S C, whether it is one sequence
+ */
+static void token_shift(const struct op *op, i64 rows, int thread, int n_threads) {
+    i64 width = op->n[0], n_mix = op->n[1], capacity = op->n[2], stride = op->n[3], one_sequence = op->n[4], begin, end;
+    share(width, thread, n_threads, &begin, &end);
+    for (i64 row = 0; row < rows; row++) {
+        const float *x = (const float *)op->in + row * width;
+        float *last = (float *)op->state[0] + (one_sequence ? 0 : row) * stride;
+        const float *before = one_sequence && row ? x - width : last;
+        for (i64 m = 0; m < n_mix; m++) {
+            const float *mix = (const float *)op->weights[0] + m * width;
+            float *out = (float *)op->out + (m * capacity + row) * width;
+            for (i64 c = begin; c < end; c++) out[c] = x[c] * mix[c] + before[c] * (1.0f - mix[c]);
+        }
+        if (!one_sequence || row == rows - 1) memcpy(last + begin, x + begin, (end - begin) * 4);
+    }
+}
+
+/* ADD_GATED: out [rows, C] += sigmoid(in) * in2. n: C */
+static void add_gated(const struct op *op, i64 rows, int thread, int n_threads) {
+    i64 begin, end;
+    share(rows * op->n[0], thread, n_threads, &begin, &end);
+    const float *gate = op->in, *x = op->in2;
+    float *out = op->out;
+    for (i64 i = begin; i < end; i++) out[i] += sigmoid(gate[i]) * x[i];
+}
+
 static void run_one(const struct op *op, i64 rows, int thread, int n_threads) {
     switch (op->kind) {
         case EMBED: embed(op, rows, thread, n_threads); break;
@@ -395,6 +452,8 @@ static void run_one(const struct op *op, i64 rows, int thread, int n_threads) {
         case LINEAR: linear(op, rows, thread, n_threads); break;
         case FACTORISED_BIAS: factorised_bias(op, rows, thread, n_threads); break;
         case AFT: aft(op, rows, thread, n_threads); break;
+        case TOKEN_SHIFT: token_shift(op, rows, thread, n_threads); break;
+        case ADD_GATED: add_gated(op, rows, thread, n_threads); break;
     }
 }
 

@@ -36,7 +36,7 @@ class Operation(ctypes.Structure):
 
     _fields_ = (
         ("kind", ctypes.c_int64),
-        ("n", ctypes.c_int64 * 6),
+        ("n", ctypes.c_int64 * 7),
         ("input", ctypes.c_void_p),
         ("input2", ctypes.c_void_p),
         ("weights", ctypes.c_void_p * 4),

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from model.native import operations
 from model.native.library import Library, Operation
+from model.native.operations import Activation
 from model.transformer import AFTForCausalLM
 
 
@@ -43,10 +44,11 @@ class PackedLinear(nn.Module):
         self._kernels.run(calls, output.numel() // self.n_out, torch.get_num_threads())
         return output
 
-    def operation(self, x: Tensor, output: Tensor, *, gelu: bool = False, adds: bool = False) -> Operation:
-        """The same as a part of a longer list: output = what `forward` gives, or its GELU, or output + that."""
+    def operation(
+        self, x: Tensor, output: Tensor, *, activation: Activation = Activation.NONE, adds: bool = False
+    ) -> Operation:
+        """The same as a part of a longer list: output = the activation of what `forward` gives, or output + that."""
         assert isinstance(self.panels, Tensor)
-        activation = operations.Activation.GELU if gelu else operations.Activation.NONE
         return operations.linear(x, self.panels, self.scale, self.bias, output, activation=activation, adds=adds)
 
 
@@ -59,5 +61,6 @@ def pack(model: AFTForCausalLM, kernels: Library, *, int8: bool = False) -> AFTF
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias, kernels, int8=int8))
-    packed.head = PackedLinear(packed.embedding.weight, None, kernels, int8=int8)
+    if packed.head is None:
+        packed.head = PackedLinear(packed.embedding.weight, None, kernels, int8=int8)
     return packed

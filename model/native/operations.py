@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from torch import Tensor
 
+from model import ops
 from model.native.library import Operation
 from model.state import LayerState
 
@@ -15,11 +16,11 @@ BLOCK = 64  # as in kernels.c
 class Kind(IntEnum):
     """As in kernels.c."""
 
-    EMBED, NORM, LINEAR, FACTORISED_BIAS, AFT = range(5)
+    EMBED, NORM, LINEAR, FACTORISED_BIAS, AFT, TOKEN_SHIFT, ADD_GATED = range(7)
 
 
 class Activation(IntEnum):
-    NONE, GELU = range(2)
+    NONE, GELU, RELU_SQUARED = range(3)
 
 
 def embed(ids: Tensor, table: Tensor, positions: Tensor, position_table: Tensor | None, output: Tensor) -> Operation:
@@ -44,9 +45,12 @@ def linear(
     activation: Activation = Activation.NONE,
     adds: bool = False,
 ) -> Operation:
-    """output [B, N] = activation(x [B, K] W^T * scale + bias), or that added to it. W as `PackedLinear` has it."""
+    """output [B, N] = activation(x [B, K] W^T * scale + bias), or that added to it. W as `PackedLinear` has it.
+
+    The output may be columns of a wider tensor.
+    """
     n_in = x.shape[-1]
-    n = [output.shape[-1], n_in, n_in, activation, scale is not None, adds]
+    n = [output.shape[-1], n_in, n_in, output.stride(-2), activation, scale is not None, adds]
     return _operation(Kind.LINEAR, n, output, input=x, weights=[panels, scale, bias])
 
 
@@ -65,17 +69,40 @@ def aft(
     scratch: Tensor,
     output: Tensor,
     *,
+    decay: Tensor | None = None,
     one_sequence: bool = False,
 ) -> Operation:
     """output [B, C] = sigmoid(q) AFT(k, v), in place of `ops.step_` and the gate.
 
-    qkv [B, C + H + C]; bias by distance, [B or 1, W + 1, H or 1]; scratch [threads, W, BLOCK]; one_sequence: the rows
-    are successive tokens of one sequence, whose state it is, and not one token of each of B.
+    qkv [B, C + H + C]; bias by distance, [B or 1, W + 1, H or 1]; scratch [threads, W, BLOCK]; decay [H], of the sums;
+    one_sequence: the rows are successive tokens of one sequence, whose state it is, and not one token of each of B.
     """
     _, n_window, n_key, d_key = state.values.shape
     n = [n_key, d_key, n_window, bias.stride(0) if bias.shape[0] > 1 else 0, bias.shape[2], one_sequence]
-    states = [*state.tensors(), scratch]
-    return _operation(Kind.AFT, n, output, input=qkv, input2=positions, weights=[bias], state=states)
+    *of_sums_and_window, _ = state.tensors()
+    weights = [bias, None if decay is None else ops.decay_factors(decay)]
+    states = [*of_sums_and_window, scratch]
+    return _operation(Kind.AFT, n, output, input=qkv, input2=positions, weights=weights, state=states)
+
+
+def token_shift(
+    x: Tensor, mix: Tensor, state: LayerState, part: int, output: Tensor, *, one_sequence: bool = False
+) -> Operation:
+    """output [M, B, C] = mix * x + (1 - mix) * what came a token before x [B, C], for M mixes [M, C].
+
+    That comes from the row `part` of the state's `shifted`, where the last of x replaces it. Rows as of `aft`.
+    """
+    last = state.shifted[:, part]
+    n = [x.shape[1], len(mix), output.shape[1], state.shifted.stride(0), one_sequence]
+    operation = _operation(Kind.TOKEN_SHIFT, n, output, input=x, weights=[mix])
+    operation.state[0] = last.data_ptr()
+    operation.keep += [last]
+    return operation
+
+
+def add_gated(gate: Tensor, x: Tensor, output: Tensor) -> Operation:
+    """output [B, C] += sigmoid(gate) * x"""
+    return _operation(Kind.ADD_GATED, [x.shape[1]], output, input=gate, input2=x, weights=[])
 
 
 def _operation(
@@ -89,8 +116,10 @@ def _operation(
     state: list[Tensor] | None = None,
     eps: float = 0.0,
 ) -> Operation:
-    tensors = [output, input, input2, *weights, *(state or [])]
+    tensors = [input, input2, *weights, *(state or [])]
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    assert output.stride(-1) == 1
+    tensors.append(output)
     operation = Operation(kind=kind, eps=eps, output=output.data_ptr(), input=input.data_ptr())
     operation.n[: len(n)] = n
     operation.input2 = _address(input2)

@@ -11,7 +11,8 @@ from model.layers import AFTAttention, Block, FactorisedBias
 from model.native import operations
 from model.native.library import Library, Operation
 from model.native.linear import PackedLinear, pack
-from model.native.operations import BLOCK
+from model.native.operations import BLOCK, Activation
+from model.rwkv4 import CHANNEL_MIX, TIME_MIX, ChannelMix, RWKV4Block, TimeMix, TokenShift
 from model.state import AFTState, LayerState
 from model.transformer import AFTForCausalLM
 
@@ -33,7 +34,8 @@ class NativeRunner:
 
     @staticmethod
     def supports(model: AFTForCausalLM) -> bool:
-        return model.device.type == "cpu" and all(isinstance(block.attention, AFTAttention) for block in model.blocks)
+        known = (AFTAttention, TimeMix)
+        return model.device.type == "cpu" and all(isinstance(block.attention, known) for block in model.blocks)
 
     def step_(self, token_ids: Sequence[int]) -> Tensor:
         return self.model.logits(self._decoding(token_ids))
@@ -66,7 +68,8 @@ class _Pass:
         self._ids, self._positions = (torch.zeros(n_rows, dtype=torch.long) for _ in range(2))
         self._x, self._normed, self._averages = (torch.zeros(n_rows, width) for _ in range(3))
         self._qkv, self._inner = torch.zeros(n_rows, 2 * width + config.n_key), torch.zeros(n_rows, config.d_ff)
-        is_factorised = isinstance(model.blocks[0].attention.bias, FactorisedBias)  # type: ignore[union-attr]
+        self._mixed = torch.zeros(3 if config.variant == "rwkv4" else 0, n_rows, width)
+        is_factorised = config.variant in ("local", "full")
         self._bias = torch.zeros(n_rows if is_factorised else 0, config.bias_window, 1)
         self._scratch = torch.zeros(n_threads, max(1, config.bias_window - 1), BLOCK)
         listed = list(self._operations())
@@ -92,14 +95,22 @@ class _Pass:
         model, x, normed = self._model, self._x, self._normed
         added = model.position_embedding.weight if model.position_embedding is not None else None
         yield operations.embed(self._ids, model.embedding.weight, self._positions, added, x)
+        if model.embedding_norm is not None:
+            yield self._norm(model.embedding_norm, x)
         for block, layer in zip(model.blocks, self._states.layers, strict=True):
-            assert isinstance(block, Block)
-            yield self._norm(block.attention_norm)
-            yield from self._attention(block.attention, layer)
-            yield self._norm(block.feed_forward_norm)
-            yield _packed(block.feed_forward.up).operation(normed, self._inner, gelu=True)
-            yield _packed(block.feed_forward.down).operation(self._inner, x, adds=True)
-        yield self._norm(model.norm)
+            assert isinstance(block, Block | RWKV4Block)
+            yield self._norm(block.attention_norm, normed)
+            if isinstance(block, RWKV4Block):
+                yield from self._time_mix(block.attention, layer)
+            else:
+                yield from self._attention(block.attention, layer)
+            yield self._norm(block.feed_forward_norm, normed)
+            if isinstance(block, RWKV4Block):
+                yield from self._channel_mix(block.feed_forward, layer)
+            else:
+                yield _packed(block.feed_forward.up).operation(normed, self._inner, activation=Activation.GELU)
+                yield _packed(block.feed_forward.down).operation(self._inner, x, adds=True)
+        yield self._norm(model.norm, normed)
 
     def _attention(self, attention: AFTAttention, layer: LayerState) -> Iterator[Operation]:
         yield _packed(attention.qkv).operation(self._normed, self._qkv)
@@ -114,8 +125,41 @@ class _Pass:
         )
         yield _packed(attention.out).operation(self._averages, self._x, adds=True)
 
-    def _norm(self, norm: torch.nn.LayerNorm) -> Operation:
-        return operations.norm(self._x, norm.weight, norm.bias, norm.eps, self._normed)
+    def _time_mix(self, mix: TimeMix, layer: LayerState) -> Iterator[Operation]:
+        yield self._token_shift(mix.shift, layer, TIME_MIX)
+        width = self._x.shape[1]
+        for_key, for_value, for_receptance = self._mixed
+        receptance, key, value = torch.split(self._qkv, width, 1)
+        yield _packed(mix.receptance).operation(for_receptance, receptance)
+        yield _packed(mix.key).operation(for_key, key)
+        yield _packed(mix.value).operation(for_value, value)
+        positions, bias = self._positions, mix.bias.by_distance(self._positions).contiguous()
+        yield operations.aft(
+            self._qkv,
+            positions,
+            bias,
+            layer,
+            self._scratch,
+            self._averages,
+            decay=mix.bias.decay,
+            one_sequence=self._one_sequence,
+        )
+        yield _packed(mix.out).operation(self._averages, self._x, adds=True)
+
+    def _channel_mix(self, mix: ChannelMix, layer: LayerState) -> Iterator[Operation]:
+        yield self._token_shift(mix.shift, layer, CHANNEL_MIX)
+        for_key, for_receptance, product = self._mixed
+        yield _packed(mix.up).operation(for_key, self._inner, activation=Activation.RELU_SQUARED)
+        yield _packed(mix.down).operation(self._inner, product)
+        yield _packed(mix.receptance).operation(for_receptance, self._averages)
+        yield operations.add_gated(self._averages, product, self._x)
+
+    def _token_shift(self, shift: TokenShift, layer: LayerState, part: int) -> Operation:
+        mixed = self._mixed[: len(shift.mix)]
+        return operations.token_shift(self._normed, shift.mix, layer, part, mixed, one_sequence=self._one_sequence)
+
+    def _norm(self, norm: torch.nn.LayerNorm, output: Tensor) -> Operation:
+        return operations.norm(self._x, norm.weight, norm.bias, norm.eps, output)
 
 
 def _packed(module: torch.nn.Module) -> PackedLinear:

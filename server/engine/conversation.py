@@ -21,9 +21,9 @@ from model.state import AFTState
 from server.engine.snapshot import Snapshot
 from server.errors import InvalidConversationError
 
-FORMAT, VERSION = "aft-conversation", 1
+FORMAT, VERSION = "aft-conversation", 2
 POSITION, LOGITS, UNREAD = "position", "logits", "unread_ids"
-LAYER_NAMES = ("reference", "sums", "compensation", "keys", "values")
+LAYER_NAMES = ("reference", "sums", "compensation", "keys", "values", "shifted")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
@@ -14,13 +15,12 @@ from torch import Tensor
 
 from model import ops
 from model.config import AFTConfig, Variant
-from model.layers import ConvBias, FactorisedBias, PositionBias, position_bias
+from model.layers import ConvBias, DecayBias, FactorisedBias, PositionBias, position_bias
 from model.native import library, operations
 from model.native.library import Operation
 from model.state import LayerState
+from tests.conftest import VARIANTS
 from tests.reference import aft_reference, reference_bias
-
-VARIANTS: list[Variant] = ["simple", "conv", "local", "full"]
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Case:
             return self.w(n_queries, n_keys, start + offset)
 
         position = torch.tensor([start])
-        return ops.forward(self.keys[:, start:end], self.values[:, start:end], bias, self.n_window, position, state)
+        keys, values = self.keys[:, start:end], self.values[:, start:end]
+        return ops.forward(keys, values, bias, self.n_window, position, state, self.bias.decay)
 
     def chunks(self, cuts: list[int]) -> Tensor:
         outputs, state = [], None
@@ -66,7 +67,7 @@ class Case:
         for t in range(start, n_tokens):
             position = torch.tensor([t])
             bias = self.bias.by_distance(position)
-            outputs.append(ops.step_(self.keys[:, t], self.values[:, t], bias, position, state))
+            outputs.append(ops.step_(self.keys[:, t], self.values[:, t], bias, position, state, self.bias.decay))
         return torch.stack(outputs, 1)
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class Case:
         positions, output = torch.arange(n_tokens), torch.zeros_like(gate)
         bias = self.bias.by_distance(positions).contiguous()
         scratch = torch.zeros(1, max(1, self.n_window), operations.BLOCK)
-        kernel = operations.aft(qkv, positions, bias, state, scratch, output, one_sequence=True)
+        kernel = operations.aft(qkv, positions, bias, state, scratch, output, decay=self.bias.decay, one_sequence=True)
         kernels = library()
         assert kernels is not None
         kernels.run((Operation * 1)(kernel), n_tokens, 1)
@@ -100,6 +101,9 @@ def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
         side = (w_scale / config.d_bias) ** 0.5
         bias.query.data.uniform_(-side, side, generator=random)
         bias.key.data.uniform_(-side, side, generator=random)
+    elif isinstance(bias, DecayBias):
+        bias.time_first.data.uniform_(-w_scale, w_scale, generator=random)
+        bias.time_decay.data.uniform_(-12.0, math.log(w_scale), generator=random)
     return bias
 
 
@@ -143,7 +147,7 @@ def exact(variant: Variant, w_scale: float, jump: float) -> Callable[[], None]:
         n_tokens = case.keys.shape[1]
         cuts = data.draw(st.lists(st.integers(1, max(1, n_tokens - 1)), unique=True, max_size=5).map(sorted), "cuts")
         cuts = [cut for cut in cuts if cut < n_tokens]
-        with mock.patch.object(ops, "BLOCK", block):
+        with mock.patch.multiple(ops, BLOCK=block, DECAY_BLOCK=block):
             expected = case.reference().detach()
             assert relative_error(case.forward()[0], expected) < 1e-5
             assert relative_error(case.chunks(cuts), expected) < 1e-5
@@ -201,14 +205,17 @@ def test_no_drift_over_20000_steps(variant: Variant) -> None:
 
     AFT-full keeps every token and sums nothing up, so there the last steps will do (each costs as much as all tokens).
     """
-    n_key = len(KEY_SEQUENCES)
+    decays = [1e-7, 1e-4, 0.3, 30.0] if variant == "rwkv4" else [0.0]
+    n_key = len(KEY_SEQUENCES) * len(decays)
     config = AFTConfig(
         variant=variant, vocab_size=1, d_model=n_key, n_layer=1, n_head=n_key, window=8, d_bias=2, max_positions=LONG
     )
     bias = make_bias(config, 50.0 if variant == "conv" else 3.0, seed=1).requires_grad_(False)
+    if isinstance(bias, DecayBias):
+        bias.time_decay.copy_(torch.tensor(decays).log().repeat_interleave(len(KEY_SEQUENCES)))
     random = torch.Generator().manual_seed(0)
     t = torch.arange(LONG)
-    keys = torch.stack([sequence(t, random) for sequence in KEY_SEQUENCES.values()], -1).unsqueeze(0)
+    keys = torch.stack([sequence(t, random) for _ in decays for sequence in KEY_SEQUENCES.values()], -1).unsqueeze(0)
     values = torch.randn(1, LONG, n_key, 1, generator=random)
     values[:, 1:] += 1.0  # a mean that is not 0, or the relative error would be of noise
     start = LONG - 100 if variant == "full" else 0
@@ -233,6 +240,9 @@ def expected_row(bias: PositionBias, keys: Tensor, values: Tensor, row: int) -> 
     logits = keys[0, : row + 1].double()
     if isinstance(bias, FactorisedBias) and bias.window > row:
         logits = logits + (bias.key[: row + 1].double() @ bias.query[row].double()).unsqueeze(-1)
+    elif isinstance(bias, DecayBias):
+        logits[:row] -= torch.arange(row - 1, -1, -1).unsqueeze(-1) * bias.time_decay.double().exp()
+        logits[row] += bias.time_first.double()
     else:
         for s in range(first, row + 1):
             logits[s] += torch.stack([w(h, row, s) for h in range(n_key)])

@@ -11,6 +11,7 @@ import torch
 from model import ops
 from model.config import Variant
 from model.layers import AFTAttention
+from model.rwkv4 import TimeMix
 from model.state import AFTState
 from tests.conftest import VARIANTS, random_model, tiny_config
 from tests.model.test_transformer import assert_states_close, token_ids
@@ -37,7 +38,8 @@ def test_the_kernel_equals_the_recurrence(interpreted: ModuleType, variant: Vari
     config = tiny_config(variant, d_model=80, n_head=4, window=5, max_positions=64)
     model = random_model(config)
     attention = model.blocks[0].attention
-    assert isinstance(attention, AFTAttention)
+    assert isinstance(attention, AFTAttention | TimeMix)
+    n_key, d_key, decay = config.n_key, 80 // config.n_key, getattr(attention.bias, "decay", None)
     _, first = model(token_ids(1, 3))
     _, second = model(token_ids(1, 9))
     state = AFTState.concatenate([first, second])
@@ -45,12 +47,12 @@ def test_the_kernel_equals_the_recurrence(interpreted: ModuleType, variant: Vari
     ours, theirs = state.layers[0], copy.layers[0]
     position, random = state.position.clone(), torch.Generator().manual_seed(0)
     for _ in range(12):
-        qkv = torch.randn(2, 2 * 80 + attention.n_key, generator=random)
-        qkv[:, 80 : 80 + attention.n_key] += jump * torch.randint(-1, 2, (2, attention.n_key), generator=random)
+        query, key = torch.randn(2, 80, generator=random), torch.randn(2, n_key, generator=random)
+        key += jump * torch.randint(-1, 2, key.shape, generator=random)
+        value = torch.randn(2, n_key, d_key, generator=random)
         bias = attention.bias.by_distance(position)
-        query, key, value = torch.split(qkv, attention.widths, -1)
-        value = value.view(2, attention.n_key, attention.d_key)
-        expected = torch.sigmoid(query) * ops.step_(key, value, bias, position, ours).flatten(-2)
-        torch.testing.assert_close(interpreted.gated_step_(qkv, bias, position, theirs), expected, rtol=1e-5, atol=1e-5)
+        expected = torch.sigmoid(query) * ops.step_(key, value, bias, position, ours, decay).flatten(-2)
+        actual = interpreted.gated_step_(query, key, value, bias, position, theirs, decay)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         position += 1
     assert_states_close(copy, state)
