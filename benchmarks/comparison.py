@@ -23,7 +23,7 @@ import typer
 
 from benchmarks.baselines import Baseline, with_baseline
 from model.config import AFTConfig
-from model.tokenizer import Tokenizer
+from model.tokenizer import SentencePieceTokenizer, Tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, TokenArray, encode_documents, read_documents
 from model.training.evaluate import total_nats
@@ -88,7 +88,7 @@ def train(
     name = f"{train.parent.name}-{row.replace(' ', '-')}-{seed}"
     texts = read_documents(train)
     vocab_size = 258 + len(set("".join(texts))) if characters else 1024
-    tokenizer = Tokenizer.train(texts, vocab_size)
+    tokenizer = SentencePieceTokenizer.train(texts, vocab_size)
     config = TrainingConfig(
         data=(Source(train),),
         steps=steps,

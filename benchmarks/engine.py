@@ -35,6 +35,9 @@ class ByteTokenizer(Tokenizer):
         self.end_of_text_id = 1
         self.token_bytes = [bytes([i % 256]) for i in range(vocab_size)]
 
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
 
 def load(large: bool) -> tuple[AFTForCausalLM, Tokenizer]:
     if not large:

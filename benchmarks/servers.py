@@ -18,8 +18,7 @@ import httpx2
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from model import AFTConfig, AFTForCausalLM, Tokenizer, save_checkpoint
-from model.checkpoint import TOKENIZER_FILE
+from model import AFTConfig, AFTForCausalLM, SentencePieceTokenizer, save_checkpoint
 from server import BUNDLED_MODEL
 from server.bench import run, run_fast
 
@@ -101,10 +100,10 @@ def prompt(n_tokens: int, first: int) -> list[int]:
 
 def write_checkpoint(config: AFTConfig, folder: Path) -> Path:
     """A checkpoint of random weights; its tokenizer is the bundled one, with pieces without a meaning added."""
-    proto = (BUNDLED_MODEL / TOKENIZER_FILE).read_bytes()
+    proto = (BUNDLED_MODEL / SentencePieceTokenizer.file_name).read_bytes()
     pieces = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
     for i in range(len(pieces.pieces), config.vocab_size):
         pieces.pieces.add(piece=f"t{i}", score=-1e3)
     torch.manual_seed(0)
-    save_checkpoint(folder, AFTForCausalLM(config), Tokenizer(pieces.SerializeToString()))
+    save_checkpoint(folder, AFTForCausalLM(config), SentencePieceTokenizer(pieces.SerializeToString()))
     return folder

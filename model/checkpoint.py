@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of config.json, model.safetensors and tokenizer.model. Nothing is ever unpickled."""
+"""Checkpoints: a folder of config.json, model.safetensors and a tokenizer's file. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from model.config import AFTConfig
 from model.errors import CheckpointError, ConfigError, TokenizationError
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import AFTForCausalLM
 
 MODEL_TYPE = "aft"
-CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.model"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 def save_checkpoint(path: Path | str, model: AFTForCausalLM, tokenizer: Tokenizer) -> None:
@@ -29,7 +29,7 @@ def save_checkpoint(path: Path | str, model: AFTForCausalLM, tokenizer: Tokenize
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-    write_whole(folder / TOKENIZER_FILE, tokenizer.model_proto)
+    write_whole(folder / tokenizer.file_name, tokenizer.content)
     save_tensors(folder / WEIGHTS_FILE, tensors)
 
 
@@ -39,14 +39,14 @@ def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tup
     Raises CheckpointError, naming the file, field or tensor, for anything missing, extra, damaged or not finite.
     """
     folder = Path(path)
-    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"Checkpoint folder {folder} has no file {name}.")
     config = _load_config(folder / CONFIG_FILE)
-    tokenizer = _load_tokenizer(folder / TOKENIZER_FILE, config)
+    tokenizer = _load_tokenizer(folder, config)
     tensors = load_tensors(folder / WEIGHTS_FILE)
     model = AFTForCausalLM.empty(config)
-    _check_tensors(tensors, model.state_dict(), folder / WEIGHTS_FILE)
+    check_tensors(tensors, model.state_dict(), folder / WEIGHTS_FILE)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
@@ -96,17 +96,17 @@ def _load_config(path: Path) -> AFTConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _load_tokenizer(path: Path, config: AFTConfig) -> Tokenizer:
+def _load_tokenizer(folder: Path, config: AFTConfig) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.load(path)
+        tokenizer = load_tokenizer(folder)
+        tokenizer.fit(config.vocab_size)
     except TokenizationError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(f"{path} has {tokenizer.vocab_size} pieces, but vocab_size is {config.vocab_size}.")
+        raise CheckpointError(f"{folder}: {error}") from error
     return tokenizer
 
 
-def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError, naming the tensor, for any that is missing, extra, of another form or not finite."""
     if missing := sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"{path} lacks the tensor {missing[0]!r}.")
     if extra := sorted(tensors.keys() - expected.keys()):

@@ -1,4 +1,4 @@
-"""`aft`, the command: serve, generate, train, bench, batch."""
+"""`aft`, the command: serve, generate, convert, train, bench, batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 import uvicorn
 
+from model.convert import convert as convert_model
 from model.errors import ModelError
 from model.runner import Quantization
 from model.training.__main__ import main as train
@@ -195,6 +196,19 @@ def generate(
             sys.stdout.write(token.text)
             sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command(context_settings=BY_ENVIRONMENT)
+def convert(
+    source: Annotated[Path, typer.Argument(help="RWKV-4 model: a folder of Hugging Face's layout, or a .pth file.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json or rwkv_vocab_v20230424.txt, if it is not beside the model.")
+    ] = None,
+) -> None:
+    """Make a checkpoint of an RWKV-4 model. Nothing in its files is executed."""
+    model = convert_model(source, out, tokenizer)
+    typer.echo(f"{model.num_parameters:,} parameters, {model.config.dtype}, in {out}")
 
 
 app.command("train", context_settings=BY_ENVIRONMENT)(train)

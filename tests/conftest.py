@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from model import AFTConfig, AFTForCausalLM, Tokenizer, save_checkpoint
+from model import AFTConfig, AFTForCausalLM, SentencePieceTokenizer, Tokenizer, save_checkpoint
 from model.config import Variant
 
 # Tiny tensors gain nothing from a second thread, and waiting for it makes tests on two cores several times slower.
@@ -58,7 +58,7 @@ def random_model(config: AFTConfig, seed: int = 0, std: float = 0.3) -> AFTForCa
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(STORIES * 3, vocab_size=400)
+    return SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)
 
 
 @pytest.fixture(scope="session")

@@ -38,11 +38,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32 -> [..., N]"""
-        x = x.contiguous()
-        output = x.new_empty(*x.shape[:-1], self.n_out)
-        calls = (Operation * 1)(self.operation(x, output))
-        self._kernels.run(calls, output.numel() // self.n_out, torch.get_num_threads())
-        return output
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        output = x.new_empty(len(rows), self.n_out)
+        calls = (Operation * 1)(self.operation(rows, output))
+        self._kernels.run(calls, len(rows), torch.get_num_threads())
+        return output.view(*x.shape[:-1], self.n_out)
 
     def operation(
         self, x: Tensor, output: Tensor, *, activation: Activation = Activation.NONE, adds: bool = False

@@ -12,10 +12,10 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from model.checkpoint import TOKENIZER_FILE, load_checkpoint, save_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import AFTConfig, Variant
 from model.errors import ConfigError, ModelError
-from model.tokenizer import Tokenizer
+from model.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents, read_documents
 from model.training.evaluate import bits_per_character
@@ -33,7 +33,9 @@ def main(
     init: Annotated[
         Path | None, typer.Option(help="Checkpoint folder whose weights, shape and tokenizer the run starts from.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model to use instead of a new one.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer's file, or its folder, to use instead of a new one.")
+    ] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
     variant: Annotated[Variant, typer.Option(help="Position bias.")] = "conv",
     d_model: Annotated[int, typer.Option()] = 256,
@@ -140,7 +142,7 @@ def prepare_tokenizer(
 ) -> Tokenizer:
     """The given tokenizer, the one of the run to be resumed, or a new one learned from one pass over the data."""
     if resume or given:
-        return Tokenizer.load(given if given else out / TOKENIZER_FILE)
+        return load_tokenizer(given or out)
 
     def one_pass() -> Iterator[str]:
         for source, texts in zip(config.data, documents, strict=True):
@@ -148,7 +150,8 @@ def prepare_tokenizer(
             yield from texts * int(whole)
             yield from texts[: round(part * len(texts))]
 
-    return Tokenizer.train(one_pass(), vocab_size)  # deterministic: every process of a group learns the same
+    # Deterministic: every process of a group learns the same.
+    return SentencePieceTokenizer.train(one_pass(), vocab_size)
 
 
 def check_lengths(documents: list[str], tokenizer: Tokenizer, model: AFTForCausalLM) -> None:

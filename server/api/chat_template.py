@@ -72,10 +72,11 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequestError(f"messages do not fit the model's chat template: {error}.") from error
-        first, *rest = text.removeprefix(mark).split(mark)
-        ids = tokenizer.encode_text(first)
+        first, *rest = text.split(mark)
+        # A template that begins with bos_token does what many tokenizers do by themselves: once is enough.
+        ids = tokenizer.encode_text(first) if first or not rest else []
         for part in rest:
-            ids += tokenizer.encode_text(part)
+            ids += [tokenizer.end_of_text_id, *tokenizer.encode(part)]
         return ids
 
 

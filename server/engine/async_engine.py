@@ -236,7 +236,7 @@ class AsyncEngine:
         long = len(prompt) > LONG_PROMPT
         ids = await asyncio.to_thread(tokenizer.encode, prompt) if long else tokenizer.encode(prompt)
         kept = ids if truncate is None else ids[-truncate:]
-        return [tokenizer.end_of_text_id, *kept] if add_special_tokens else kept
+        return tokenizer.with_start(kept) if add_special_tokens else kept
 
     async def _look_up(self, request: Request) -> tuple[bytes, Prefix] | None:
         """What the prompt can go on from and only the store has, and its key in the cache."""

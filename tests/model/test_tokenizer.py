@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from model import Tokenizer
+from model import SentencePieceTokenizer, Tokenizer
 from model.errors import TokenizationError
-from model.tokenizer import END_OF_TEXT
+from model.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, WorldTokenizer, load_tokenizer
 from tests.conftest import STORIES
+
+WORLD_WORDS = ["Hello", " world", "wor", "world", "日本", "日", " worlds"]
+WORLD_VOCABULARY = "".join(
+    f"{i} {token!r} {len(token.encode() if isinstance(token, str) else token)}\n"
+    for i, token in enumerate([*map(chr, range(128)), *(bytes([byte]) for byte in range(128, 256)), *WORLD_WORDS], 1)
+)
 
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    return Tokenizer.train(STORIES, vocab_size=380)
+    return SentencePieceTokenizer.train(STORIES, vocab_size=380)
 
 
 @given(text=st.text())
@@ -34,7 +45,7 @@ def test_frequent_words_are_single_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_training_is_deterministic(words: Tokenizer) -> None:
-    assert Tokenizer.train(STORIES, vocab_size=380).model_proto == words.model_proto
+    assert SentencePieceTokenizer.train(STORIES, vocab_size=380).content == words.content
 
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
@@ -60,4 +71,85 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
 
 def test_other_files_are_refused() -> None:
     with pytest.raises(TokenizationError, match="not a sentencepiece model"):
-        Tokenizer(b"no such thing")
+        SentencePieceTokenizer(b"no such thing")
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> HuggingFaceTokenizer:
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator(STORIES, trainer)
+    words.add_tokens(["   "])
+    return HuggingFaceTokenizer(words.to_str().encode())
+
+
+@given(text=st.text())
+@example("<|endoftext|>   é\u0301 日本語 \0")
+def test_byte_level_tokenizers_round_trip(byte_level: HuggingFaceTokenizer, text: str) -> None:
+    ids = byte_level.encode(text)
+    assert byte_level.decode(ids) == text
+    assert byte_level.end_of_text_id not in ids
+
+
+@given(text=st.text())
+@example("Hello worlds 日本語 <|endoftext|>")
+def test_world_tokenizers_round_trip(text: str) -> None:
+    world = WorldTokenizer(WORLD_VOCABULARY.encode())
+    ids = world.encode(text)
+    assert world.decode(ids) == text
+    assert world.end_of_text_id not in ids
+
+
+def test_the_longest_token_of_the_world_comes_first() -> None:
+    world = WorldTokenizer(WORLD_VOCABULARY.encode())
+    assert [world.token_text(i) for i in world.encode("Hello worldsworlds日本wor")] == [
+        "Hello",
+        " worlds",
+        "world",
+        "s",
+        "日本",
+        "wor",
+    ]
+
+
+def test_only_texts_of_models_trained_here_begin_with_the_end_of_another(
+    tokenizer: Tokenizer, byte_level: HuggingFaceTokenizer
+) -> None:
+    assert tokenizer.encode_text("fox") == [tokenizer.end_of_text_id, *tokenizer.encode("fox")]
+    assert byte_level.encode_text("fox") == byte_level.encode("fox")
+    assert byte_level.encode_text("") == [byte_level.end_of_text_id]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x", "not a World vocabulary: the line 'x' is not an id"),
+        (WORLD_VOCABULARY.replace("257 'Hello' 5", "257 'Hello' 6"), "line \"257 'Hello' 6\""),
+        (WORLD_VOCABULARY.replace("257 'Hello' 5", "257 open('x') 5"), "not a World vocabulary"),
+        (WORLD_VOCABULARY.replace("1 '\\x00' 1\n", ""), "no token for the byte 0"),
+        ("0 'a' 1", "ids from 1 on"),
+    ],
+)
+def test_other_vocabularies_are_refused(content: str, message: str) -> None:
+    with pytest.raises(TokenizationError, match=re.escape(message)):
+        WorldTokenizer(content.encode())
+
+
+def test_other_tokenizer_files_are_refused(byte_level: HuggingFaceTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TokenizationError, match="not a tokenizer of Hugging Face"):
+        HuggingFaceTokenizer(b"{}")
+    described = json.loads(byte_level.content)
+    described["decoder"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}
+    with pytest.raises(TokenizationError, match="the decoder must be ByteLevel"):
+        HuggingFaceTokenizer(json.dumps(described).encode())
+    with pytest.raises(TokenizationError, match=r"it has none"):
+        load_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "rwkv_vocab.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(TokenizationError, match=r"it has tokenizer.json, rwkv_vocab.txt"):
+        load_tokenizer(tmp_path)

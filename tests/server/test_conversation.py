@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from model import Tokenizer
+from model import SentencePieceTokenizer
 from model.config import Variant
 from model.generate import generate
 from model.sampling import SamplingParams
@@ -20,7 +20,7 @@ from server.engine.conversation import Conversation
 from server.errors import InvalidConversationError, InvalidRequestError
 from tests.conftest import STORIES, VARIANTS, random_model, tiny_config
 
-WORDS = Tokenizer.train(STORIES * 3, vocab_size=400)
+WORDS = SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)
 MODELS = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
 N_CORRUPTED = 1000
 
@@ -153,10 +153,10 @@ def test_foreign_and_newer_files_are_refused(kept: tuple[LLMEngine, bytes]) -> N
         read(engine, save({"x": torch.zeros(3)}))
     tensors = load(data)
     header = {"format": "aft-conversation", "model": engine.fingerprint.hex()}
-    with pytest.raises(InvalidConversationError, match="version '2' of the format; this server reads 1"):
-        read(engine, save(tensors, {**header, "version": "2"}))
+    with pytest.raises(InvalidConversationError, match="version '3' of the format; this server reads 2"):
+        read(engine, save(tensors, {**header, "version": "3"}))
     with pytest.raises(InvalidConversationError, match="checksum"):
-        read(engine, save(tensors, {**header, "version": "1", "checksum": "0" * 32}))
+        read(engine, save(tensors, {**header, "version": "2", "checksum": "0" * 32}))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,6 @@ def test_files_made_badly_are_refused_whatever_their_checksum_says(
 
     engine, data = kept
     tensors = {**load(data), **change}
-    metadata = {"format": "aft-conversation", "version": "1", "model": engine.fingerprint.hex()}
+    metadata = {"format": "aft-conversation", "version": "2", "model": engine.fingerprint.hex()}
     with pytest.raises(InvalidConversationError, match="does not have the tensors of this model's state"):
         read(engine, save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)}))

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from model import AFTForCausalLM, Tokenizer
+from model import AFTForCausalLM, SentencePieceTokenizer
 from model.config import Variant
 from model.generate import generate
 from model.sampling import Grammar, SamplingError, SamplingParams
@@ -20,7 +20,7 @@ from server.engine.structured_output import GrammarCompiler
 from server.errors import GenerationError, InvalidRequestError, RequestTimeoutError
 from tests.conftest import STORIES, VARIANTS, random_model, tiny_config
 
-WORDS = Tokenizer.train(STORIES * 3, vocab_size=400)
+WORDS = SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)
 MODELS: dict[Variant, AFTForCausalLM] = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
 MODEL = MODELS["conv"]
 SMALL = EngineConfig(max_num_seqs=4, chunk_size=8)

@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import Tokenizer
+from model import SentencePieceTokenizer, Tokenizer
 from model.tokenizer import END_OF_TEXT
 from server.api.chat_template import ChatTemplate
 from server.api.tokenize import placed
@@ -42,7 +42,7 @@ def test_places_cover_the_text(text: str) -> None:
 
 def _tokenizer(made: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006 - hypothesis cannot take session fixtures
     if not made:
-        made.append(Tokenizer.train(["The fox and the bird were été friends."] * 9, vocab_size=300))
+        made.append(SentencePieceTokenizer.train(["The fox and the bird were été friends."] * 9, vocab_size=300))
     return made[0]
 
 

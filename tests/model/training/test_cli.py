@@ -69,7 +69,7 @@ def test_a_run_may_start_from_a_checkpoint(text: Path, tmp_path: Path) -> None:
     assert run("--data", str(text), "--out", str(second), "--init", str(first), *short).returncode == 0
     assert losses(second)[0] < fresh - 0.05
     (start, words), (end, same_words) = load_checkpoint(first), load_checkpoint(second)
-    assert words.model_proto == same_words.model_proto
+    assert words.content == same_words.content
     assert start.config == end.config
     batch = PackedBatches([(encode_documents(read_documents(text), words), 1.0)], batch_size=4, context=16, seed=0)
     assert losses(second)[0] == pytest.approx(float(Loss(start)(torch.from_numpy(batch.batch(0)).long())), rel=1e-5)

@@ -1,0 +1,243 @@
+"""RWKV-4 as transformers computes it, from checkpoints as transformers and its author write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from torch import Tensor
+from transformers import RwkvConfig, RwkvForCausalLM
+
+from model import AFTForCausalLM, AFTState, load_checkpoint, save_checkpoint
+from model.convert import AUTHOR_BY_TRANSFORMERS, convert
+from model.errors import CheckpointError, TokenizationError
+from model.generate import generate
+from model.runner import TorchRunner, make_runner
+from model.sampling import GREEDY
+from model.tokenizer import HuggingFaceTokenizer
+from tests.conftest import STORIES, random_model, tiny_config
+from tests.model.test_tokenizer import WORLD_VOCABULARY
+
+# Width, blocks, inner width, tied embeddings.
+SHAPES = [(32, 2, 64, False), (48, 3, 200, True), (130, 2, 77, False)]
+VOCAB_SIZE = 400
+
+
+def theirs(shape: tuple[int, int, int, bool] = SHAPES[0]) -> RwkvForCausalLM:
+    """Parameters large enough that decays, bonuses and mixes all matter."""
+    width, n_layer, inner, tied = shape
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=width,
+        num_hidden_layers=n_layer,
+        intermediate_size=inner,
+        tie_word_embeddings=tied,
+        rescale_every=0,  # halves the stream for float16, and with it what the norms' epsilon means
+    )
+    model = RwkvForCausalLM(config)
+    model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        if "time_decay" in name:
+            parameter.uniform_(-8, 1)
+        elif "time_mix" in name:
+            parameter.uniform_(0, 1)
+        elif "ln" not in name:
+            parameter.normal_(std=0.15)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    words.normalizer = tokenizers.normalizers.NFC()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 1,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator(STORIES * 3, trainer)
+    words.add_tokens([tokenizers.AddedToken("    ", normalized=False)])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    words.save(str(path))
+    return path
+
+
+def converted(model: RwkvForCausalLM, tokenizer_file: Path, folder: Path) -> AFTForCausalLM:
+    model.save_pretrained(folder / "theirs")
+    convert(folder / "theirs", folder / "ours", tokenizer_file)
+    return load_checkpoint(folder / "ours")[0]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_logits_equal_those_of_transformers(
+    shape: tuple[int, int, int, bool], tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """Whole, in chunks, in steps, and by the kernels."""
+    model = theirs(shape)
+    ours = converted(model, tokenizer_file, tmp_path)
+    ids = torch.randint(VOCAB_SIZE, (2, 150), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    assert relative_error(ours(ids)[0], expected) < 1e-4
+    parts, state = [], None
+    for start, end in ((0, 1), (1, 40), (40, 150)):
+        logits, state = ours(ids[:, start:end], state)
+        parts.append(logits)
+    assert relative_error(torch.cat(parts, 1), expected) < 1e-4
+    stepped = ours.init_state(2)
+    for t in range(150):
+        assert relative_error(ours.step_(ids[:, t], stepped), expected[:, t]) < 1e-4
+    slots = AFTState.concatenate([ours.init_state(1)] * 2)
+    runner = make_runner(ours, slots, 256)
+    assert runner.is_exact
+    hidden, _ = runner.read(ids[0].tolist(), None)
+    assert relative_error(runner.model.logits(hidden), expected[0]) < 1e-4
+
+
+@torch.inference_mode()
+def test_generated_tokens_are_those_of_transformers(tokenizer_file: Path, tmp_path: Path) -> None:
+    model = theirs(SHAPES[1])
+    ours = converted(model, tokenizer_file, tmp_path)
+    prompt, n = [5, 6, 7], 200
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
+    )
+    params = dataclasses.replace(GREEDY, max_tokens=n, ignore_eos=True)
+    assert list(generate(ours, prompt, params, 0)) == expected[0, 3:].tolist()
+
+
+@torch.inference_mode()
+def test_a_state_carried_over_10000_tokens_equals_that_of_transformers(tokenizer_file: Path, tmp_path: Path) -> None:
+    model = theirs()
+    ours = converted(model, tokenizer_file, tmp_path)
+    ids = torch.randint(VOCAB_SIZE, (1, 10_000), generator=torch.Generator().manual_seed(0))
+    expected = model(ids, use_cache=True)
+    _, state = ours(ids[:, :-100])
+    slots = AFTState.concatenate([ours.init_state(1)])
+    runner = make_runner(ours, slots, 10_000)
+    for reader in (runner, TorchRunner(ours, slots)):
+        hidden, _ = reader.read(ids[0].tolist(), None)
+        assert relative_error(reader.model.logits(hidden[-1]), expected.logits[0, -1]) < 1e-4
+    for t in range(9_900, 10_000):
+        logits = ours.step_(ids[:, t], state)
+    assert relative_error(logits, expected.logits[:, -1]) < 1e-4
+
+
+def by_authors_names(model: RwkvForCausalLM) -> dict[str, Tensor]:
+    named = {}
+    for name, tensor in model.state_dict().items():
+        for old, new in AUTHOR_BY_TRANSFORMERS.items():
+            name = name.replace(old, new)
+        named[name] = tensor.clone()
+    return named
+
+
+def test_a_pth_file_gives_the_same_checkpoint(tokenizer_file: Path, tmp_path: Path) -> None:
+    model = theirs(SHAPES[2])
+    ours = converted(model, tokenizer_file, tmp_path)
+    torch.save(by_authors_names(model), tmp_path / "model.pth")
+    convert(tmp_path / "model.pth", tmp_path / "again", tokenizer_file)
+    again, words = load_checkpoint(tmp_path / "again")
+    assert again.config == ours.config
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert isinstance(words, HuggingFaceTokenizer)
+    assert words.vocab_size == VOCAB_SIZE
+
+
+def test_weights_keep_their_dtype(tokenizer_file: Path, tmp_path: Path) -> None:
+    named = {name: tensor.bfloat16() for name, tensor in by_authors_names(theirs()).items()}
+    torch.save(named, tmp_path / "model.pth")
+    assert convert(tmp_path / "model.pth", tmp_path / "ours", tokenizer_file).config.dtype == "bfloat16"
+
+
+def test_a_world_model_knows_the_roles_of_a_chat(tmp_path: Path) -> None:
+    torch.save(by_authors_names(theirs()), tmp_path / "model.pth")
+    (tmp_path / "rwkv_vocab_v20230424.txt").write_text(WORLD_VOCABULARY, encoding="utf-8")
+    convert(tmp_path / "model.pth", tmp_path / "ours", tmp_path / "rwkv_vocab_v20230424.txt")
+    _, words = load_checkpoint(tmp_path / "ours")
+    assert words.decode(words.encode("Hello, world")) == "Hello, world"
+    assert "Assistant:" in (tmp_path / "ours" / "chat_template.jinja").read_text()
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_executed(tokenizer_file: Path, tmp_path: Path) -> None:
+    torch.save({"emb.weight": Harmful(tmp_path / "touched")}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="is not a file of tensors"):
+        convert(tmp_path / "model.pth", tmp_path / "ours", tokenizer_file)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Harmful(tmp_path / "touched")))
+    with pytest.raises(CheckpointError, match="is not a file of tensors"):
+        convert(tmp_path / "plain.pth", tmp_path / "ours", tokenizer_file)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.0.ffn.key.weight": None}, "lacks the tensor 'blocks.0.ffn.key.weight'"),
+        ({"blocks.0.att.output.weight": None}, "lacks the tensor 'blocks.0.attention.out.weight'"),
+        ({"blocks.0.att.time_mix_v": None}, "lacks the tensor 'blocks.0.att.time_mix_v'"),
+        ({"blocks.0.att.gate.weight": torch.ones(2)}, "a tensor 'blocks.0.att.gate.weight' that the model does not"),
+        ({"blocks.0.att.time_decay": torch.ones(2, 16)}, None),
+        ({"blocks.0.att.time_decay": torch.ones(2, 15)}, "bias.time_decay' is"),
+        ({"blocks.0.att.time_decay": torch.full((32,), float("nan"))}, "holds NaN"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(
+    change: dict[str, Tensor | None], message: str | None, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    named = by_authors_names(theirs()) | change
+    torch.save({name: tensor for name, tensor in named.items() if tensor is not None}, tmp_path / "model.pth")
+    if message is None:
+        convert(tmp_path / "model.pth", tmp_path / "ours", tokenizer_file)
+        return
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        convert(tmp_path / "model.pth", tmp_path / "ours", tokenizer_file)
+
+
+def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(CheckpointError, match='must have "model_type": "rwkv"'):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
+    with pytest.raises(CheckpointError, match=r"has no .safetensors file"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    theirs().save_pretrained(source)
+    with pytest.raises(TokenizationError, match=r"must have one of tokenizer.model, tokenizer.json"):
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_untied_embeddings_and_the_state_survive_a_round_trip(tokenizer_file: Path, tmp_path: Path) -> None:
+    model = random_model(tiny_config("rwkv4", tie_embeddings=False))
+    save_checkpoint(tmp_path, model, HuggingFaceTokenizer(tokenizer_file.read_bytes()))
+    loaded, _ = load_checkpoint(tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    logits, state = model(ids)
+    assert torch.equal(loaded(ids)[0], logits)
+    assert {layer.shifted.shape for layer in state.layers} == {(1, 2, 16)}
