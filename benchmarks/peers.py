@@ -28,6 +28,7 @@ from model.state import AFTState
 SHAPES = {
     "6M": AFTConfig(variant="conv", vocab_size=4096, d_model=256, n_layer=6, n_head=16, d_ff=1168),
     "110M": AFTConfig(variant="conv", vocab_size=32_000, d_model=768, n_layer=12, n_head=12, d_ff=3456),
+    "169M": AFTConfig(variant="rwkv4", vocab_size=50_277, d_model=768, n_layer=12, tie_embeddings=False),
 }
 BATCH_SIZES, CONTEXTS, CHUNK = (1, 8, 32, 64), (128, 1024, 8192), 256
 LONGEST = 100_000
@@ -41,7 +42,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def measure(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("performance.json"),
-    shape: Annotated[list[str] | None, typer.Option(help="6M, 110M; both if left out.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="6M, 110M, 169M (RWKV-4); all if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of everything; all cores if left out.")] = None,
     peers: Annotated[bool, typer.Option(help="Measure the peers, too.")] = True,
 ) -> None:
@@ -139,6 +140,8 @@ def read_up_to(runner: Runner, contexts: Sequence[int]) -> dict[int, tuple[AFTSt
 
 
 def of_llama_cpp(name: str) -> Iterator[Result]:
+    if name not in llama_cpp.SHAPES:
+        raise llama_cpp.UnavailableError("llama.cpp runs no RWKV-4.")
     path, shape = llama_cpp.model_file(name), llama_cpp.SHAPES[name]
     for context, batch_sizes in ((128, BATCH_SIZES), (1024, (1, 8, 32)), (8192, (1, 8))):
         found = llama_cpp.measure(path, context, batch_sizes, STEPS, torch.get_num_threads())
@@ -160,15 +163,14 @@ def of_transformers(name: str) -> Iterator[Result]:
     except ImportError as error:
         raise llama_cpp.UnavailableError("GPT-2 and RWKV-4 need the package transformers.") from error
     shape = SHAPES[name]
-    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, "tie_word_embeddings": True}
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(**sizes, n_embd=shape.d_model, n_layer=shape.n_layer, n_head=shape.d_model // 64, n_positions=2048)
-    )
+    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tie_embeddings}
     rwkv = RwkvForCausalLM(RwkvConfig(**sizes, hidden_size=shape.d_model, num_hidden_layers=shape.n_layer))
-    for label, model, cache, contexts in (
-        ("transformers, GPT-2", gpt2, "past_key_values", (128, 1024)),
-        ("transformers, RWKV-4", rwkv, "state", (128,)),
-    ):
+    models: list[tuple[str, Any, str, tuple[int, ...]]] = [("transformers, RWKV-4", rwkv, "state", (128,))]
+    if shape.variant != "rwkv4":
+        wide = {"n_embd": shape.d_model, "n_layer": shape.n_layer, "n_head": shape.d_model // 64}
+        gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, **wide, n_positions=2048))
+        models.insert(0, ("transformers, GPT-2", gpt2, "past_key_values", (128, 1024)))
+    for label, model, cache, contexts in models:
         model.train(False)
         for context in contexts:
             for batch_size in (1, 8, 32):
@@ -197,7 +199,7 @@ def of_servers(name: str, peers: bool) -> Iterator[Result]:
         checkpoint = servers.write_checkpoint(SHAPES[name], Path(folder))
         with servers.serving([*servers.AFT, "--model", checkpoint]) as server:
             yield {"engine": "this server", **servers.measure(server, CONTEXTS, SERVER_CLIENTS)}
-    if not peers:
+    if not peers or name not in llama_cpp.SHAPES:
         return
     try:
         program = llama_cpp.build() / "llama-server"
@@ -222,7 +224,7 @@ def report(
     for name in SHAPES:
         rows = [result for result in data["results"] if result["shape"] == name]
         if rows:
-            print(f"\n{name}, decoding: tokens/s of all sequences, and as a ratio to llama.cpp\n")
+            print(f"\n{name}, decoding: tokens/s of all sequences, and as a ratio to the peer that has 1.00\n")
             print(table(rows, "decode"))
             print(f"\n{name}, reading a prompt: tokens/s; here of the tokens since the context above\n")
             print(table([row for row in rows if row["batch"] == 1], "prefill"))
@@ -240,8 +242,9 @@ def table(rows: list[Result], figure: str) -> str:
     engines = list(dict.fromkeys(row["engine"] for row in rows))
     speeds = {(row["engine"], row["context"], row["batch"]): row[figure] for row in rows}
     lines = ["| context | batch | " + " | ".join(engines) + " |", "|---" * (2 + len(engines)) + "|"]
+    main_peer = "llama.cpp" if "llama.cpp" in engines else "transformers, RWKV-4"
     for context, batch in cases:
-        peer = speeds.get(("llama.cpp", context, batch))
+        peer = speeds.get((main_peer, context, batch))
         cells = []
         for engine in engines:
             speed = speeds.get((engine, context, batch))

@@ -108,9 +108,10 @@ def test_int8_rounds_weights_and_nothing_else() -> None:
     assert packed.panels.dtype == torch.int8
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_a_quantised_model_predicts_nearly_the_same() -> None:
-    model = random_model(tiny_config(d_model=64, d_ff=128), std=0.1)
+def test_a_quantised_model_predicts_nearly_the_same(variant: Variant) -> None:
+    model = random_model(tiny_config(variant, d_model=64, d_ff=128), std=0.1)
     runner = make_runner(model, slots(model), 64, "int8")
     tokens = token_ids(1, 40)
     hidden, _ = runner.read(tokens[0].tolist(), None)

@@ -1,20 +1,24 @@
-"""The application in process, on a tiny model of random weights."""
+"""Tiny models of random weights, of both families: with a window and without, and the application in process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
-from model import load_checkpoint
+from model import AFTForCausalLM, Tokenizer
 from server.api.app import create_app
 from server.engine import LLMEngine
+from tests.conftest import random_model, tiny_config
+
+
+@pytest.fixture(scope="session", params=["conv", "rwkv4"])
+def network(request: pytest.FixtureRequest) -> AFTForCausalLM:
+    return random_model(tiny_config(request.param))
 
 
 @pytest.fixture(scope="session")
-def client(checkpoint: Path) -> Iterator[TestClient]:
-    model, tokenizer = load_checkpoint(checkpoint)
-    with TestClient(create_app(LLMEngine(model, tokenizer)), raise_server_exceptions=False) as client:
+def client(network: AFTForCausalLM, tokenizer: Tokenizer) -> Iterator[TestClient]:
+    with TestClient(create_app(LLMEngine(network, tokenizer)), raise_server_exceptions=False) as client:
         yield client

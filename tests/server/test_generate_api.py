@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -12,7 +11,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from model import Tokenizer, load_checkpoint
+from model import AFTForCausalLM, Tokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
 from model.watermark import z_score
@@ -37,20 +36,19 @@ def events(response: httpx2.Response) -> list[dict[str, Any]]:
     return [json.loads(part.removeprefix("data:")) for part in parts]
 
 
-def greedy_ids(checkpoint: Path, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
-    model, _ = load_checkpoint(checkpoint)
+def greedy_ids(model: AFTForCausalLM, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
     end = tokenizer.end_of_text_id
     return list(generate(model, [end, *tokenizer.encode(text)], SamplingParams(temperature=0, max_tokens=n), end))
 
 
-def test_greedy_text_is_the_models(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> None:
+def test_greedy_text_is_the_models(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
     response = post(client, inputs="The fox", parameters={"max_new_tokens": 12})
     assert response.status_code == 200
-    expected = tokenizer.decode(greedy_ids(checkpoint, tokenizer, "The fox", 12))
+    expected = tokenizer.decode(greedy_ids(network, tokenizer, "The fox", 12))
     assert response.json() == {"generated_text": expected}
 
 
-def test_details(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> None:
+def test_details(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
     body = post(client, inputs="The fox", parameters={"max_new_tokens": 12, "details": True}).json()
     details = body["details"]
     assert {key: details[key] for key in details if key != "tokens"} == {
@@ -62,7 +60,7 @@ def test_details(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> 
         "top_tokens": None,
         "best_of_sequences": None,
     }
-    assert [token["id"] for token in details["tokens"]] == greedy_ids(checkpoint, tokenizer, "The fox", 12)
+    assert [token["id"] for token in details["tokens"]] == greedy_ids(network, tokenizer, "The fox", 12)
     assert "".join(token["text"] for token in details["tokens"]) == body["generated_text"]
     assert all(token["logprob"] < 0 and token["special"] is False for token in details["tokens"])
 
@@ -248,13 +246,12 @@ def test_top_tokens_are_told(client: TestClient, tokenizer: Tokenizer) -> None:
         assert all(t["text"] == tokenizer.token_text(t["id"]) for t in top)
 
 
-def test_the_inputs_tokens_are_told(client: TestClient, checkpoint: Path, tokenizer: Tokenizer) -> None:
+def test_the_inputs_tokens_are_told(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
     parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True}
     prefill = post(client, inputs="The fox", parameters=parameters).json()["details"]["prefill"]
     ids = tokenizer.encode_text("The fox")
     assert [token["id"] for token in prefill] == ids
-    model, _ = load_checkpoint(checkpoint)
-    scores = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+    scores = network(torch.tensor([ids]))[0][0].log_softmax(-1)
     assert prefill[0]["logprob"] is None
     for i in range(1, len(ids)):
         assert prefill[i]["logprob"] == pytest.approx(float(scores[i - 1, ids[i]]), abs=1e-5)
@@ -298,9 +295,8 @@ def test_health(client: TestClient) -> None:
     assert client.get("/health").status_code == 200
 
 
-def test_a_full_queue_answers_429_with_retry_after(checkpoint: Path) -> None:
-    model, tokenizer = load_checkpoint(checkpoint)
-    app = create_app(LLMEngine(model, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=0)))
+def test_a_full_queue_answers_429_with_retry_after(network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+    app = create_app(LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=0)))
     with TestClient(app) as client:
         assert post(client, inputs="The fox").status_code == 200
         assert client.portal is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,7 +12,7 @@ import torch
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
-from model import Tokenizer, load_checkpoint
+from model import AFTForCausalLM, Tokenizer
 from server.api.openai.protocol import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -135,13 +134,14 @@ def test_best_of_returns_the_likelier_texts(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["The fox\u2019s été", [5, 300, 200, 17]])
-def test_echo_scores_the_prompt(prompt: str | list[int], client: TestClient, checkpoint: Path) -> None:
-    model, tokenizer = load_checkpoint(checkpoint)
+def test_echo_scores_the_prompt(
+    prompt: str | list[int], client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer
+) -> None:
     ids = tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
     (choice,) = complete(client, prompt=prompt, echo=True, logprobs=2, max_tokens=0)["choices"]
     assert choice["text"] == tokenizer.decode(ids)
     logprobs = choice["logprobs"]
-    expected = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+    expected = network(torch.tensor([ids]))[0][0].log_softmax(-1)
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][0] is None
     for i in range(1, len(ids)):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from model import Tokenizer
+from model import AFTForCausalLM, Tokenizer
 from server.engine import AsyncEngine, EngineConfig, LLMEngine, PrefixStore, Request, SamplingParams, StoredPrefixes
 from server.errors import StoreUnavailableError
 from server.sessions import open_prefix_store
@@ -80,11 +80,16 @@ class Recorder:
 
 
 def generate(
-    store: PrefixStore, tokenizer: Tokenizer, *prompts: list[int], salt: str = "", **options: Any
+    store: PrefixStore,
+    network: AFTForCausalLM,
+    tokenizer: Tokenizer,
+    *prompts: list[int],
+    salt: str = "",
+    **options: Any,
 ) -> tuple[list[tuple[int, list[int]]], Recorder]:
     """(tokens from a cache, text) of each prompt, one after another, in an engine of their own."""
     config = EngineConfig(**{"chunk_size": CHUNK, "max_num_seqs": 2, **options})
-    engine, told = LLMEngine(random_model(tiny_config()), tokenizer, config), Recorder()
+    engine, told = LLMEngine(network, tokenizer, config), Recorder()
     stored = StoredPrefixes(store, engine, told.on_drop)
     front = AsyncEngine(engine, told, stored)
 
@@ -105,42 +110,44 @@ def generate(
     return asyncio.run(main()), told
 
 
-def test_a_new_engine_goes_on_from_what_was_stored_at_the_end(opened: Opener, tokenizer: Tokenizer) -> None:
+def test_a_new_engine_goes_on_from_what_was_stored_at_the_end(
+    opened: Opener, tokenizer: Tokenizer, network: AFTForCausalLM
+) -> None:
     other = [*PROMPT[:20], 7, 7, 7]
-    ((cold, text), (_, other_text)), _ = generate(opened(10**6), tokenizer, PROMPT, other)
-    again, told = generate(opened(10**6), tokenizer, PROMPT, PROMPT[:CHUNK], [*PROMPT, 9])
+    ((cold, text), (_, other_text)), _ = generate(opened(10**6), network, tokenizer, PROMPT, other)
+    again, told = generate(opened(10**6), network, tokenizer, PROMPT, PROMPT[:CHUNK], [*PROMPT, 9])
     assert cold == 0
     assert again[0] == (len(PROMPT), text)
     assert told.look_ups[0] == (len(PROMPT), len(PROMPT))
     assert again[1][0] == 0  # a snapshot without logits is not enough for a whole prompt
     assert again[2][0] == len(PROMPT)  # in memory by now
-    assert generate(opened(10**6), tokenizer, [*other, 9])[0][0][0] == CHUNK
-    assert generate(opened(10**6), tokenizer, other)[0] == [(len(other), other_text)]
-    assert generate(opened(10**6), tokenizer, PROMPT, salt="x")[0] == [(0, text)]
-    assert generate(opened(10**6), tokenizer, PROMPT, chunk_size=8)[0] == [(0, text)]
-    assert generate(opened(10**6), tokenizer, PROMPT, batch_invariant=True)[0] == [(0, text)]
+    assert generate(opened(10**6), network, tokenizer, [*other, 9])[0][0][0] == CHUNK
+    assert generate(opened(10**6), network, tokenizer, other)[0] == [(len(other), other_text)]
+    assert generate(opened(10**6), network, tokenizer, PROMPT, salt="x")[0] == [(0, text)]
+    assert generate(opened(10**6), network, tokenizer, PROMPT, chunk_size=8)[0] == [(0, text)]
+    assert generate(opened(10**6), network, tokenizer, PROMPT, batch_invariant=True)[0] == [(0, text)]
 
 
-def test_what_is_evicted_is_found_again(opened: Opener, tokenizer: Tokenizer) -> None:
-    size = LLMEngine(random_model(tiny_config()), tokenizer).model.init_state(1).nbytes
+def test_what_is_evicted_is_found_again(opened: Opener, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
+    size = network.init_state(1).nbytes
     others = [[1, 60 + i, 7] for i in range(4)]
     room = 3 * size + 10_000
-    texts, told = generate(opened(10**6), tokenizer, PROMPT, *others, prefix_cache_bytes=room)
+    texts, told = generate(opened(10**6), network, tokenizer, PROMPT, *others, prefix_cache_bytes=room)
     assert told.n_dropped == 0
-    again, told = generate(opened(10**6), tokenizer, PROMPT, prefix_cache_bytes=room)  # by now it is written
+    again, told = generate(opened(10**6), network, tokenizer, PROMPT, prefix_cache_bytes=room)  # by now it is written
     assert again == [(len(PROMPT), texts[0][1])]
     assert told.look_ups == [(len(PROMPT), len(PROMPT))]
 
 
 def test_a_damaged_prefix_is_a_miss_and_a_warning(
-    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer: Tokenizer, network: AFTForCausalLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "store.sqlite"
-    first, _ = generate(open_prefix_store(str(path), 10**6), tokenizer, PROMPT)
+    first, _ = generate(open_prefix_store(str(path), 10**6), network, tokenizer, PROMPT)
     with sqlite3.connect(path) as file:
         file.execute("UPDATE prefixes SET data = CAST(substr(data, 1, length(data) - 1) || x'ff' AS BLOB)")
     file.close()
-    again, _ = generate(open_prefix_store(str(path), 10**6), tokenizer, PROMPT)
+    again, _ = generate(open_prefix_store(str(path), 10**6), network, tokenizer, PROMPT)
     assert again == first
     (warning,) = caplog.records
     assert warning.getMessage().startswith("A stored prefix is not used: The conversation is damaged")
@@ -148,7 +155,7 @@ def test_a_damaged_prefix_is_a_miss_and_a_warning(
         data = file.execute("SELECT data FROM prefixes WHERE substr(key, -1) = x'2d'").fetchall()[0][0]
         file.execute("UPDATE prefixes SET data = ?", (data,))
     file.close()
-    assert generate(open_prefix_store(str(path), 10**6), tokenizer, PROMPT)[0] == first
+    assert generate(open_prefix_store(str(path), 10**6), network, tokenizer, PROMPT)[0] == first
     assert caplog.records[-1].getMessage() == "A stored prefix is not used: it is another's."
 
 
@@ -169,9 +176,9 @@ class FailingStore:
     def close(self) -> None: ...
 
 
-def test_a_store_that_fails_is_left_alone_for_a_while(tokenizer: Tokenizer) -> None:
+def test_a_store_that_fails_is_left_alone_for_a_while(tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
     store = FailingStore()
-    texts, told = generate(store, tokenizer, PROMPT, [1, 9, 9])
+    texts, told = generate(store, network, tokenizer, PROMPT, [1, 9, 9])
     assert [len(text) for _, text in texts] == [5, 5]
     assert store.n_asked == 1
     assert told.n_dropped == 4  # PROMPT at 16, 32 and 41 tokens, and [1, 9, 9]

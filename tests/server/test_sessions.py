@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from model import Tokenizer
+from model import AFTForCausalLM, Tokenizer
 from server.engine import AsyncEngine, LLMEngine, SamplingParams
 from server.errors import (
     BusySessionError,
@@ -27,7 +27,6 @@ from server.errors import (
     StoreUnavailableError,
 )
 from server.sessions import Session, Sessions, SessionsConfig, SessionStore, SQLiteStore, open_store, sqlite
-from tests.conftest import random_model, tiny_config
 from tests.redis_server import RedisServer, needs_redis
 
 
@@ -172,12 +171,13 @@ def test_redis_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_sessions(
     store: SessionStore,
+    network: AFTForCausalLM,
     tokenizer: Tokenizer,
     main: Callable[[Sessions, AsyncEngine], Coroutine[Any, Any, None]],
     clock: Callable[[], float] = time.time,
     **options: Any,
 ) -> None:
-    engine = LLMEngine(random_model(tiny_config()), tokenizer)
+    engine = LLMEngine(network, tokenizer)
 
     async def run() -> None:
         front = AsyncEngine(engine)
@@ -200,7 +200,7 @@ async def take_turn(sessions: Sessions, engine: AsyncEngine, name: str, ids: lis
         stream.close()
 
 
-def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Tokenizer) -> None:
+def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         seen: list[int] = []
@@ -216,10 +216,12 @@ def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Toke
             found = await sessions.get(name, "me")
             assert (found.turn, found.num_tokens) == (i + 1, len(seen))
 
-    in_sessions(store, tokenizer, main)
+    in_sessions(store, network, tokenizer, main)
 
 
-def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(store: SessionStore, tokenizer: Tokenizer) -> None:
+def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(
+    store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM
+) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         await take_turn(sessions, engine, name, [1, 5])
@@ -237,10 +239,12 @@ def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(store: SessionSt
         with pytest.raises(NotFoundError, match="There is no session"):
             await sessions.begin_turn(name, "another")
 
-    in_sessions(store, tokenizer, main)
+    in_sessions(store, network, tokenizer, main)
 
 
-def test_another_servers_turn_wins_if_it_was_first(store: SessionStore, tokenizer: Tokenizer) -> None:
+def test_another_servers_turn_wins_if_it_was_first(
+    store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM
+) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         other = Sessions(store, engine.engine)
@@ -255,10 +259,10 @@ def test_another_servers_turn_wins_if_it_was_first(store: SessionStore, tokenize
         stream.close()
         assert await sessions.export(name, "me") == stored
 
-    in_sessions(store, tokenizer, main)
+    in_sessions(store, network, tokenizer, main)
 
 
-def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer) -> None:
+def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         with pytest.raises(NotFoundError, match="has no turn yet"):
@@ -276,10 +280,10 @@ def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer) ->
         with pytest.raises(NotFoundError):
             await sessions.delete(fork, "me")
 
-    in_sessions(store, tokenizer, main)
+    in_sessions(store, network, tokenizer, main)
 
 
-def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer) -> None:
+def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
     now = [time.time()]
 
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
@@ -294,4 +298,4 @@ def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer) -> None:
         assert [found.session_id for found in await sessions.list("me")] == [first]
         await sessions.create("me")
 
-    in_sessions(store, tokenizer, main, clock=lambda: now[0], session_ttl=100, max_sessions=2)
+    in_sessions(store, network, tokenizer, main, clock=lambda: now[0], session_ttl=100, max_sessions=2)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from model import Tokenizer, load_checkpoint
+from model import AFTForCausalLM, Tokenizer
 from server.api.app import create_app
 from server.api.config import APIConfig
 from server.engine import LLMEngine
@@ -59,7 +59,7 @@ def turn(client: TestClient, session: str, inputs: str, path: str = "/generate",
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
 def test_a_conversation_is_one_long_request(
-    path: str, client: TestClient, session: str, tokenizer: Tokenizer, checkpoint: Path
+    path: str, client: TestClient, session: str, tokenizer: Tokenizer, network: AFTForCausalLM
 ) -> None:
     engine = client.app.state.context.engine.engine  # type: ignore[attr-defined]
     ids = [tokenizer.end_of_text_id]
@@ -92,12 +92,11 @@ def test_a_fork_goes_its_own_way(client: TestClient, session: str) -> None:
     assert client.get(f"/sessions/{forks[0]['session_id']}").json()["turns"] == 2
 
 
-def test_export_and_import(client: TestClient, session: str, checkpoint: Path) -> None:
+def test_export_and_import(client: TestClient, session: str, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
     turn(client, session, "The fox")
     exported = client.get(f"/sessions/{session}/export")
     assert exported.headers["content-type"] == "application/octet-stream"
-    model, words = load_checkpoint(checkpoint)
-    with TestClient(create_app(LLMEngine(model, words))) as elsewhere:
+    with TestClient(create_app(LLMEngine(network, tokenizer))) as elsewhere:
         imported = elsewhere.post("/sessions/import", content=exported.content)
         assert imported.status_code == 201
         copy = imported.json()
@@ -155,11 +154,10 @@ def test_a_refused_turn_leaves_the_session_free_and_as_it_was(client: TestClient
     turn(client, session, " and")
 
 
-def test_keys_have_their_own_sessions_and_quotas(checkpoint: Path, tmp_path: Path) -> None:
-    model, words = load_checkpoint(checkpoint)
+def test_keys_have_their_own_sessions_and_quotas(network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
     store = SQLiteStore(tmp_path / "sessions.sqlite")
     app = create_app(
-        LLMEngine(model, words), APIConfig(api_keys=("one", "two")), None, store, SessionsConfig(max_sessions=1)
+        LLMEngine(network, tokenizer), APIConfig(api_keys=("one", "two")), None, store, SessionsConfig(max_sessions=1)
     )
     with TestClient(app) as client:
         one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
@@ -174,10 +172,11 @@ def test_keys_have_their_own_sessions_and_quotas(checkpoint: Path, tmp_path: Pat
 
 
 @needs_redis
-def test_without_redis_sessions_get_503_and_others_are_served(checkpoint: Path, tmp_path: Path) -> None:
-    model, words = load_checkpoint(checkpoint)
+def test_without_redis_sessions_get_503_and_others_are_served(
+    network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     with RedisServer(tmp_path) as redis:
-        app = create_app(LLMEngine(model, words), store=open_store(redis.url))
+        app = create_app(LLMEngine(network, tokenizer), store=open_store(redis.url))
         with TestClient(app) as client:
             name = new(client)
             turn(client, name, "The fox")
@@ -196,12 +195,11 @@ def test_without_redis_sessions_get_503_and_others_are_served(checkpoint: Path, 
             assert client.get(f"/sessions/{name}").json()["turns"] == 2
 
 
-def test_sessions_survive_the_server(checkpoint: Path, tmp_path: Path) -> None:
+def test_sessions_survive_the_server(network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
     texts, name = [], ""
     for _ in range(2):
-        model, words = load_checkpoint(checkpoint)
         store = SQLiteStore(tmp_path / "sessions.sqlite")
-        with TestClient(create_app(LLMEngine(model, words), store=store)) as client:
+        with TestClient(create_app(LLMEngine(network, tokenizer), store=store)) as client:
             name = name or new(client)
             texts.append(turn(client, name, "The fox"))
             assert client.get(f"/sessions/{name}").json()["turns"] == len(texts)
