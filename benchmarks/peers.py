@@ -167,8 +167,10 @@ def of_transformers(name: str) -> Iterator[Result]:
     rwkv = RwkvForCausalLM(RwkvConfig(**sizes, hidden_size=shape.d_model, num_hidden_layers=shape.n_layer))
     models: list[tuple[str, Any, str, tuple[int, ...]]] = [("transformers, RWKV-4", rwkv, "state", (128,))]
     if shape.variant != "rwkv4":
-        wide = {"n_embd": shape.d_model, "n_layer": shape.n_layer, "n_head": shape.d_model // 64}
-        gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, **wide, n_positions=2048))
+        n_head = shape.d_model // 64
+        gpt2 = GPT2LMHeadModel(
+            GPT2Config(**sizes, n_embd=shape.d_model, n_layer=shape.n_layer, n_head=n_head, n_positions=2048)
+        )
         models.insert(0, ("transformers, GPT-2", gpt2, "past_key_values", (128, 1024)))
     for label, model, cache, contexts in models:
         model.train(False)

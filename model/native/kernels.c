@@ -26,10 +26,13 @@ enum { ROW_BLOCK_BYTES = 256 * 1024 }; /* of inputs that are used again from the
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int64_t i64;
 #define INLINE static inline __attribute__((always_inline))
 
 enum kind { EMBED, NORM, LINEAR, FACTORISED_BIAS, AFT, TOKEN_SHIFT, ADD_GATED };
+enum format { FLOAT32, INT8, BFLOAT16 }; /* of a matrix */
 enum activation { NONE, GELU, RELU_SQUARED };
 
 /* What the fields mean is said at each operation. `in`, `out`: [rows, ...] with a stride in elements. */
@@ -92,6 +95,17 @@ INLINE vec load_as_float(const int8_t *from) {
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 #else
     return __builtin_convertvector(*(const bytes *)from, vec);
+#endif
+}
+
+/* A bfloat16 is the upper half of a float. */
+INLINE vec load_bfloat16(const uint16_t *from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#else
+    return (vec)(__builtin_convertvector(*(const halves *)from, words) << 16);
 #endif
 }
 
@@ -170,14 +184,15 @@ static void norm(const struct op *op, i64 rows, int thread, int n_threads) {
     }
 TILE(float_tile, float, load)
 TILE(int8_tile, int8_t, load_as_float)
+TILE(bfloat16_tile, uint16_t, load_bfloat16)
 
-static void tile(int n_rows, const float *x, i64 stride, const void *weights, i64 panel, i64 k, int is_int8, float *out) {
-    const float *floats = (const float *)weights + panel * k * PANEL;
-    const int8_t *ints = (const int8_t *)weights + panel * k * PANEL;
+static void tile(int n_rows, const float *x, i64 stride, const void *weights, i64 panel, i64 k, i64 format, float *out) {
+    i64 start = panel * k * PANEL;
 #define CASE(n)                                                                                                       \
     case n:                                                                                                           \
-        if (is_int8) int8_tile(n, x, stride, ints, k, out);                                                           \
-        else float_tile(n, x, stride, floats, k, out);                                                                \
+        if (format == INT8) int8_tile(n, x, stride, (const int8_t *)weights + start, k, out);                         \
+        else if (format == BFLOAT16) bfloat16_tile(n, x, stride, (const uint16_t *)weights + start, k, out);          \
+        else float_tile(n, x, stride, (const float *)weights + start, k, out);                                        \
         break;
     switch (n_rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -191,12 +206,12 @@ static void tile(int n_rows, const float *x, i64 stride, const void *weights, i6
 }
 
 /* LINEAR: out [rows, N] = activation(in [rows, K] W^T * scale + bias), or that added to out.
- * weights: W in panels [N / PANEL, K, PANEL], float or int8; scale [N] of int8; bias [N] or none.
- * n: N, K, strides of in and out, activation, whether W is int8, whether to add
+ * weights: W in panels [N / PANEL, K, PANEL]; scale [N] of int8; bias [N] or none.
+ * n: N, K, strides of in and out, activation, format of W, whether to add
  */
 static void linear(const struct op *op, i64 rows, int thread, int n_threads) {
     i64 n = op->n[0], k = op->n[1], stride = op->n[2], out_stride = op->n[3];
-    i64 activation = op->n[4], is_int8 = op->n[5], adds = op->n[6];
+    i64 activation = op->n[4], format = op->n[5], adds = op->n[6];
     const float *scale = op->weights[1], *bias = op->weights[2];
     i64 begin, end, block = ROW_BLOCK_BYTES / (4 * k) / MAX_TILE * MAX_TILE;
     if (block < MAX_TILE) block = MAX_TILE;
@@ -208,7 +223,7 @@ static void linear(const struct op *op, i64 rows, int thread, int n_threads) {
             i64 column = panel * PANEL, width = n - column < PANEL ? n - column : PANEL;
             for (i64 row = first; row < last; row += MAX_TILE) {
                 int n_rows = (int)(last - row < MAX_TILE ? last - row : MAX_TILE);
-                tile(n_rows, (const float *)op->in + row * stride, stride, op->weights[0], panel, k, (int)is_int8, sums);
+                tile(n_rows, (const float *)op->in + row * stride, stride, op->weights[0], panel, k, format, sums);
                 for (int i = 0; i < n_rows; i++) {
                     float *y = sums + i * PANEL, *out = (float *)op->out + (row + i) * out_stride + column;
                     if (scale) for (i64 c = 0; c < width; c++) y[c] *= scale[column + c];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 from model import ops
@@ -17,6 +18,15 @@ class Kind(IntEnum):
     """As in kernels.c."""
 
     EMBED, NORM, LINEAR, FACTORISED_BIAS, AFT, TOKEN_SHIFT, ADD_GATED = range(7)
+
+
+class Format(IntEnum):
+    """Of a matrix."""
+
+    FLOAT32, INT8, BFLOAT16 = range(3)
+
+
+FORMATS = {torch.float32: Format.FLOAT32, torch.int8: Format.INT8, torch.bfloat16: Format.BFLOAT16}
 
 
 class Activation(IntEnum):
@@ -50,7 +60,7 @@ def linear(
     The output may be columns of a wider tensor.
     """
     n_in = x.shape[-1]
-    n = [output.shape[-1], n_in, n_in, output.stride(-2), activation, scale is not None, adds]
+    n = [output.shape[-1], n_in, n_in, output.stride(-2), activation, FORMATS[panels.dtype], adds]
     return _operation(Kind.LINEAR, n, output, input=x, weights=[panels, scale, bias])
 
 

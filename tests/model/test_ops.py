@@ -95,6 +95,10 @@ def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
     random = torch.Generator().manual_seed(seed)
     bias = position_bias(config)
     if isinstance(bias, ConvBias):
+        # Spread out: the gradient of values that are nearly equal is large, and so is its rounding.
+        spread = torch.linspace(-1.5, 1.5, bias.window)
+        for row in bias.weight.data:
+            row.copy_(spread[torch.randperm(bias.window, generator=random)])
         bias.gamma.data.uniform_(-w_scale / 2, w_scale / 2, generator=random)
         bias.beta.data.uniform_(-w_scale / 2, w_scale / 2, generator=random)
     elif isinstance(bias, FactorisedBias):
@@ -103,7 +107,7 @@ def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
         bias.key.data.uniform_(-side, side, generator=random)
     elif isinstance(bias, DecayBias):
         bias.time_first.data.uniform_(-w_scale, w_scale, generator=random)
-        bias.time_decay.data.uniform_(-12.0, math.log(w_scale), generator=random)
+        bias.time_decay.data.uniform_(-12.0, math.log(w_scale / 24), generator=random)  # for cases of 24 tokens
     return bias
 
 
