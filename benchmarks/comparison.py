@@ -142,13 +142,28 @@ def windowed_bits_per_character(model: AFTForCausalLM, tokenizer: Tokenizer, tok
 
 @app.command()
 def measure(out: Annotated[Path, typer.Option()] = FOLDER) -> None:
-    """Decoding speed and bytes of state of every row at contexts of 1,024 and 8,192 tokens, random weights."""
+    """Speeds of every row, with random weights: in training, and decoding at contexts of 1,024 and 8,192 tokens.
+
+    Best on a machine that does nothing else; training with `train` may share one.
+    """
     found = {}
     for row in ROWS:
         model = build(row, vocab_size=1024, max_positions=8192 + 64).eval()
-        found[row] = {n: decode(model, n) for n in (1024, 8192)}
+        found[row] = {f"{n}": decode(model, n) for n in (1024, 8192)}
+        found[row]["training"] = {"tokens_per_second": training_speed(build(row, vocab_size=1024))}
         print(row, found[row])
-    (out / "decoding.json").write_text(json.dumps(found, indent=1))
+    (out / "speeds.json").write_text(json.dumps(found, indent=1))
+
+
+def training_speed(model: AFTForCausalLM, steps: int = 5) -> float:
+    """Tokens per second of the median step, without the optimizer, which is the same for all."""
+    ids = torch.randint(model.config.vocab_size, (BATCH, CONTEXT + 1))
+    seconds: list[float] = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        total_nats(model(ids[:, :-1])[0], ids[:, 1:]).backward()
+        seconds.append(time.perf_counter() - started)
+    return BATCH * CONTEXT / sorted(seconds[1:])[steps // 2]
 
 
 @torch.inference_mode()
@@ -176,32 +191,35 @@ def report(
 ) -> None:
     """The tables in Markdown, and pictures of loss against tokens and of quality against bytes of state."""
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    decoding = json.loads((out / "decoding.json").read_text())
+    speeds = json.loads((out / "speeds.json").read_text())
     for corpus in sorted({result["corpus"] for result in results}):
-        print(f"\n{corpus}\n\n{table([r for r in results if r['corpus'] == corpus], decoding)}")
-        draw([r for r in results if r["corpus"] == corpus], decoding, plots / f"comparison-{corpus}.png")
+        print(f"\n{corpus}\n\n{table([r for r in results if r['corpus'] == corpus], speeds)}")
+        draw([r for r in results if r["corpus"] == corpus], speeds, plots / f"comparison-{corpus}.png")
 
 
-def table(results: list[dict[str, Any]], decoding: dict[str, Any]) -> str:
-    """One line a row of the comparison; figures of several seeds are listed."""
+def table(results: list[dict[str, Any]], speeds: dict[str, Any]) -> str:
+    """One line a row of the comparison, speeds as ratios to attention's (decoding: at 1k)."""
     lines = [
-        "| | bits per character, by seed | training tokens/s | peak MiB | decoding tokens/s at 1k, 8k | state, bytes |",
-        "|---|---|---|---|---|---|",
+        "| | parameters | bits per character, by seed | training speed | peak MiB "
+        "| decoding speed at 1k, 8k | bytes of state at 1k, 8k |",
+        "|---|---|---|---|---|---|---|",
     ]
+    of_attention = speeds["attention"]
     for row in ROWS:
         found = sorted((r for r in results if r["row"] == row), key=lambda r: r["seed"])
         if found:
             bits = ", ".join(f"{result['bits_per_character']:.4f}" for result in found)
-            short, long = decoding[row]["1024"], decoding[row]["8192"]
+            short, long, training = (speeds[row][case] for case in ("1024", "8192", "training"))
+            decoding = [case["tokens_per_second"] / of_attention["1024"]["tokens_per_second"] for case in (short, long)]
+            trained = training["tokens_per_second"] / of_attention["training"]["tokens_per_second"]
             lines.append(
-                f"| {row} | {bits} | {found[0]['training_tokens_per_second']:,.0f} | {found[0]['peak_mib']:,.0f} "
-                f"| {short['tokens_per_second']:,.0f}, {long['tokens_per_second']:,.0f} "
-                f"| {short['bytes']:,.0f}, {long['bytes']:,.0f} |"
+                f"| {row} | {found[0]['parameters']:,} | {bits} | {trained:.2f} | {found[0]['peak_mib']:,.0f} "
+                f"| {decoding[0]:.2f}, {decoding[1]:.2f} | {short['bytes']:,.0f}, {long['bytes']:,.0f} |"
             )
     return "\n".join(lines)
 
 
-def draw(results: list[dict[str, Any]], decoding: dict[str, Any], path: Path) -> None:
+def draw(results: list[dict[str, Any]], speeds: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -212,7 +230,7 @@ def draw(results: list[dict[str, Any]], decoding: dict[str, Any], path: Path) ->
         if result["seed"] == 0:
             tokens, losses = zip(*result["losses"], strict=True)
             left.plot(tokens, smooth(losses, weight=0.85), label=result["row"], linewidth=1)
-            size = decoding[result["row"]]["8192"]["bytes"]
+            size = speeds[result["row"]]["8192"]["bytes"]
             right.plot(size, result["bits_per_character"], "o")
             right.annotate(result["row"], (size, result["bits_per_character"]), fontsize=8)
     left.set(xlabel="tokens read", ylabel="training loss, nats per token")
