@@ -82,10 +82,12 @@ def from_folder(folder: Path) -> tuple[Named, float]:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if config.get("model_type") != "rwkv":
         raise CheckpointError(f'{folder / "config.json"} must have "model_type": "rwkv", the name of RWKV-4 there.')
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no .safetensors file; formats that are pickles are not read there.")
-    named = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
+    if files := sorted(folder.glob("*.safetensors")):
+        named = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
+    elif files := sorted(folder.glob("pytorch_model*.bin")):
+        named = {name: tensor for file in files for name, tensor in load_pickled(file).items()}
+    else:
+        raise CheckpointError(f"{folder} has neither .safetensors files nor pytorch_model.bin.")
     if config.get("tie_word_embeddings") or "head.weight" not in named:
         named["head.weight"] = named["rwkv.embeddings.weight"]
 
@@ -99,13 +101,18 @@ def from_folder(folder: Path) -> tuple[Named, float]:
 
 def from_pth(path: Path) -> tuple[Named, float]:
     """As `from_folder`."""
+    return load_pickled(path), 1e-5
+
+
+def load_pickled(path: Path) -> Named:
+    """Tensors by their names. Raises CheckpointError for a file that holds anything else, of which nothing is executed."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path} is not a file of tensors: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise CheckpointError(f"{path} must hold tensors by their names, and nothing else.")
-    return loaded, 1e-5
+    return loaded
 
 
 def model_of(tensors: Named, norm_eps: float, source: Path) -> AFTForCausalLM:

@@ -225,8 +225,10 @@ def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match='must have "model_type": "rwkv"'):
         convert(source, tmp_path / "ours", tokenizer_file)
     (source / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
-    with pytest.raises(CheckpointError, match=r"has no .safetensors file"):
+    with pytest.raises(CheckpointError, match=r"has neither .safetensors files nor"):
         convert(source, tmp_path / "ours", tokenizer_file)
+    torch.save(theirs().state_dict(), source / "pytorch_model.bin")
+    convert(source, tmp_path / "of_bin", tokenizer_file)
     theirs().save_pretrained(source)
     with pytest.raises(TokenizationError, match=r"must have one of tokenizer.model, tokenizer.json"):
         convert(source, tmp_path / "ours")
