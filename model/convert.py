@@ -105,7 +105,7 @@ def from_pth(path: Path) -> tuple[Named, float]:
 
 
 def load_pickled(path: Path) -> Named:
-    """Tensors by their names. Raises CheckpointError for a file that holds anything else, of which nothing is executed."""
+    """Tensors by their names. Nothing is executed; raises CheckpointError for a file that holds anything else."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:

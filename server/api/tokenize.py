@@ -71,9 +71,9 @@ class Text(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    tokenizer_class: str = "sentencepiece"
+    tokenizer_class: str
     vocab_size: int
-    bos_token: str
+    bos_token: str | None
     eos_token: str
     pad_token: None = None
     chat_template: str
@@ -108,9 +108,13 @@ def detokenize(body: DetokenizeRequest, context: ContextOf) -> Text:
 @router.get("/tokenizer_info")
 def tokenizer_info(context: ContextOf) -> TokenizerInfo:
     """What a client needs to know of the tokenizer."""
-    size = context.engine.engine.tokenizer.vocab_size
+    tokenizer = context.engine.engine.tokenizer
     return TokenizerInfo(
-        vocab_size=size, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, chat_template=context.chat_template.source
+        tokenizer_class=type(tokenizer).__name__,
+        vocab_size=tokenizer.vocab_size,
+        bos_token=END_OF_TEXT if tokenizer.starts_texts else None,
+        eos_token=END_OF_TEXT,
+        chat_template=context.chat_template.source,
     )
 
 
