@@ -111,7 +111,7 @@ def train(
     speed = (steps - done) * BATCH * CONTEXT / (time.perf_counter() - started)
     held_out = encode_documents(read_documents(valid), tokenizer)
     result = {
-        "corpus": train.parent.name,
+        "corpus": train.parent.name if train.stem == "train" else train.stem.removesuffix("_train"),
         "row": row,
         "seed": seed,
         "parameters": model.num_parameters,
