@@ -18,6 +18,7 @@ import httpx2
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
+from benchmarks.engine import prompt
 from model import AFTConfig, AFTForCausalLM, SentencePieceTokenizer, save_checkpoint
 from server import BUNDLED_MODEL
 from server.bench import run, run_fast
@@ -76,7 +77,7 @@ def measure(server: Serving, contexts: Sequence[int], batch_sizes: Sequence[int]
 
     def seconds_and_tokens(n_clients: int, n_prompt: int, max_tokens: int, first: int) -> tuple[float, float, int]:
         bodies = [
-            {"prompt": prompt(n_prompt, first + i), "max_tokens": max_tokens, "temperature": 0, **options}
+            {"prompt": prompt(n_prompt, first=17 * (first + i)), "max_tokens": max_tokens, "temperature": 0, **options}
             for i in range(n_clients)
         ]
         started = time.perf_counter()
@@ -91,11 +92,6 @@ def measure(server: Serving, contexts: Sequence[int], batch_sizes: Sequence[int]
         _, seconds, n_tokens = seconds_and_tokens(n_clients, 128, 128, 200 + n_clients)
         speeds[f"{n_clients}"] = n_tokens / seconds
     return {"first_token": first_token, "decode": speeds, "startup": server.seconds, "peak_bytes": server.peak_bytes}
-
-
-def prompt(n_tokens: int, first: int) -> list[int]:
-    """Ordinary token ids; another `first` gives another prompt."""
-    return [300 + (17 * first + 7 * i) % 1000 for i in range(n_tokens)]
 
 
 def write_checkpoint(config: AFTConfig, folder: Path) -> Path:
