@@ -1,17 +1,15 @@
 """`python -m benchmarks.http`: what the HTTP side costs.
 
 The same requests go through the engine alone and, by as many streaming clients as it has slots, through a server
-process. Both have the same threads, and the clients share the machine with the server.
+process. Both have as many threads as the machine has cores, which they share with the clients.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from benchmarks.servers import AFT, serving
@@ -27,9 +25,7 @@ def main(
     requests: Annotated[int, typer.Option()] = 192,
     max_tokens: Annotated[int, typer.Option()] = 128,
     rounds: Annotated[int, typer.Option(help="Engine and server take turns; the medians count.")] = 3,
-    threads: Annotated[int, typer.Option(help="Of torch, in both.")] = 1,
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     rates: dict[str, list[float]] = {"engine": [], "/generate": [], "/v1/completions": []}
     command = (*AFT, "--max-num-seqs", f"{clients}")
     with serving(command) as server, multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -48,7 +44,6 @@ def main(
 
 def engine_rate(n_slots: int, requests: int, max_tokens: int) -> float:
     """Tokens per second of the engine alone."""
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     llm = LLM(BUNDLED_MODEL, EngineConfig(max_num_seqs=n_slots))
     params = [SamplingParams(max_tokens=max_tokens, seed=i) for i in range(requests)]
     started = time.perf_counter()

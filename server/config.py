@@ -10,7 +10,6 @@ import torch
 from fastapi import FastAPI
 
 from model.checkpoint import load_checkpoint
-from model.transformer import AFTForCausalLM
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
@@ -19,7 +18,6 @@ from server.errors import ConfigurationError
 from server.logs import LogFormat, configure_logging
 from server.sessions import SessionsConfig, open_prefix_store, open_store
 
-SMALL_MODEL = 30_000_000  # parameters
 # The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
 SWITCH_SECONDS = 0.0005
 
@@ -29,7 +27,7 @@ class ServerConfig:
     """Raises ConfigurationError, naming the field, for values out of range. It can be sent to another process.
 
     model          checkpoint folder
-    threads        CPU threads of a step; None leaves it to the size of the model
+    threads        CPU threads of a step; None is one for each core
     store          SQLite file or URL of a Redis that keeps sessions; None is in memory
     prefix_store   bytes in the store for what leaves the prefix cache; 0 keeps nothing there
     drain_timeout  seconds that running requests get at the end
@@ -69,7 +67,8 @@ class ServerConfig:
         """Make this process ready to serve, and the application that does. Raises ModelError and ConfigurationError."""
         configure_logging(self.log_format)
         network, tokenizer = load_checkpoint(self.model, self.device)
-        torch.set_num_threads(self.threads or default_threads(network))
+        if self.threads:
+            torch.set_num_threads(self.threads)
         sys.setswitchinterval(SWITCH_SECONDS)
         return create_app(
             LLMEngine(network, tokenizer, self.engine),
@@ -79,11 +78,6 @@ class ServerConfig:
             self.sessions,
             choose_prefix_store(self.store, self.prefix_store, self.engine),
         )
-
-
-def default_threads(network: AFTForCausalLM) -> int:
-    """Beside a small model, HTTP takes most of a core, and a step that wants that one too waits for it."""
-    return max(1, torch.get_num_threads() - (network.num_parameters < SMALL_MODEL))
 
 
 def choose_prefix_store(store: str | None, max_bytes: int, config: EngineConfig) -> PrefixStore | None:

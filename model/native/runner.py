@@ -28,7 +28,8 @@ class NativeRunner:
         """As of `make_runner`."""
         self.model = pack(model, kernels, int8=int8)
         n_threads = torch.get_num_threads()
-        self._decoding = _Pass(self.model, states, states.batch_size, kernels, n_threads)
+        self._logits = torch.zeros(states.batch_size, model.config.vocab_size)
+        self._decoding = _Pass(self.model, states, states.batch_size, kernels, n_threads, logits=self._logits)
         self._reading_state = AFTState.concatenate([self.model.init_state(1)])
         self._reading = _Pass(self.model, self._reading_state, chunk_size, kernels, n_threads, one_sequence=True)
 
@@ -38,7 +39,8 @@ class NativeRunner:
         return model.device.type == "cpu" and all(isinstance(block.attention, known) for block in model.blocks)
 
     def step_(self, token_ids: Sequence[int]) -> Tensor:
-        return self.model.logits(self._decoding(token_ids))
+        self._decoding(token_ids)
+        return self._logits[: len(token_ids)]
 
     def read(self, token_ids: Sequence[int], state: AFTState | None) -> tuple[Tensor, AFTState]:
         self._reading_state.copy_(state or self.model.init_state(1))
@@ -58,9 +60,10 @@ class _Pass:
         n_threads: int,
         *,
         one_sequence: bool = False,
+        logits: Tensor | None = None,
     ) -> None:
-        """n_rows: tokens at most; the tensors of states are contiguous."""
-        self._model, self._states, self._one_sequence = model, states, one_sequence
+        """n_rows: tokens at most; the tensors of states are contiguous; logits [n_rows, V]: where they are wanted."""
+        self._model, self._states, self._one_sequence, self._logits = model, states, one_sequence, logits
         self._kernels, self._n_threads = kernels, n_threads
         config = model.config
         assert config.d_ff is not None
@@ -111,6 +114,9 @@ class _Pass:
                 yield _packed(block.feed_forward.up).operation(normed, self._inner, activation=Activation.GELU)
                 yield _packed(block.feed_forward.down).operation(self._inner, x, adds=True)
         yield self._norm(model.norm, normed)
+        if self._logits is not None:
+            assert model.head is not None
+            yield _packed(model.head).operation(normed, self._logits)
 
     def _attention(self, attention: AFTAttention, layer: LayerState) -> Iterator[Operation]:
         yield _packed(attention.qkv).operation(self._normed, self._qkv)

@@ -27,15 +27,15 @@ class TokenProcessor:
 
         What goes wrong with one sequence becomes the error of its output, and touches no other.
         """
-        normalizers = logits.logsumexp(-1)
-        errors = _not_finite(normalizers)
+        normalizers = logits.logsumexp(-1).tolist()  # NaN or infinite if one of the logits is
+        errors = {row: _not_finite() for row, total in enumerate(normalizers) if not math.isfinite(total)}
         allowed = self._allowed(sequences, logits, errors)
         good = [row for row in range(len(sequences)) if row not in errors]
         chosen = sample(allowed if not errors else allowed[good], [sequences[row].sampler for row in good])
         token_ids = dict(zip(good, chosen, strict=True))
         # A row without a token looks up token 0, and throws that away.
-        column = torch.tensor([i if isinstance(i := token_ids.get(row), int) else 0 for row in range(len(sequences))])
-        logprobs = (logits.gather(-1, column.unsqueeze(-1)).squeeze(-1) - normalizers).tolist()
+        column = [i if isinstance(i := token_ids.get(row), int) else 0 for row in range(len(sequences))]
+        chosen_logits = logits.gather(-1, torch.tensor(column).unsqueeze(-1)).squeeze(-1).tolist()
         outputs = []
         for row, sequence in enumerate(sequences):
             error, token_id = errors.get(row), token_ids.get(row)
@@ -45,7 +45,7 @@ class TokenProcessor:
                 n_top = sequence.request.params.logprobs
                 top = None if n_top is None else top_logprobs(logits[row] - normalizers[row], n_top)
                 try:
-                    outputs.append(self._output(sequence, token_id, logprobs[row], top))
+                    outputs.append(self._output(sequence, token_id, chosen_logits[row] - normalizers[row], top))
                     continue
                 except Exception as problem:
                     error = failure(problem)
@@ -99,10 +99,8 @@ class TokenProcessor:
         return text, not token_bytes and not text, reason
 
 
-def _not_finite(normalizers: Tensor) -> dict[int, ServerError]:
-    """An error for each row of logits that holds NaN or infinity, and so sums to that."""
-    bad = (~torch.isfinite(normalizers)).nonzero().flatten().tolist()
-    return {row: GenerationError("The model's logits are not finite.") for row in bad}
+def _not_finite() -> ServerError:
+    return GenerationError("The model's logits are not finite.")
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Rows[int], n_top: int) -> list[PromptLogprob]:

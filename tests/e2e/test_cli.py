@@ -12,10 +12,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from server.config import choose_prefix_store, default_threads
+from server.config import choose_prefix_store
 from server.engine import EngineConfig
 from server.errors import ConfigurationError
-from tests.conftest import random_model, tiny_config
 from tests.e2e.conftest import Server
 
 
@@ -88,7 +87,3 @@ def test_bench_measures_a_server(url: str) -> None:
     assert re.search(r"5 streams, 3 at a time: \d+ tokens in .* tokens/s", done.stdout)
     assert "time to first token, ms" in done.stdout
     assert aft("bench", "--url", "http://127.0.0.1:1").returncode == 1
-
-
-def test_a_small_model_leaves_a_core_to_http() -> None:
-    assert default_threads(random_model(tiny_config())) == 1

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from model.config import Variant
 from model.errors import ConfigError, ContextLengthError
@@ -84,6 +86,28 @@ def test_kernels_give_the_same_bits_in_any_batch_and_for_any_cut(variant: Varian
         assert torch.equal(logits[1], expected[t])
     second = states.select(slice(1, 2))
     assert all(map(torch.equal, second.tensors(), after.tensors()))
+
+
+def test_kernels_give_the_same_bits_on_any_number_of_threads() -> None:
+    """More threads than cores, too, and passes of two models at a time."""
+    model, before = random_model(tiny_config(d_ff=77)), torch.get_num_threads()
+    ids = token_ids(1, 60)[0].tolist()
+
+    @torch.inference_mode()
+    def outputs(n_threads: int) -> Tensor:
+        torch.set_num_threads(n_threads)
+        runner = make_runner(model, slots(model), 64)
+        read = [runner.model.logits(runner.read(ids, None)[0]) for _ in range(20)]
+        stepped = [runner.step_([token_id, 7]).clone() for token_id in ids]
+        return torch.cat([*read, *stepped])
+
+    try:
+        expected = outputs(1)
+        with ThreadPoolExecutor(2) as pool:
+            for found in pool.map(outputs, (2, 3, 7, 7)):
+                assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.inference_mode()

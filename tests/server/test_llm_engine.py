@@ -367,22 +367,20 @@ def test_a_grammar_that_fails_ends_its_own_request_only(caplog: pytest.LogCaptur
 @pytest.mark.parametrize("n_poisoned", [1, 3])
 def test_logits_that_are_not_finite_end_their_own_request_only(n_poisoned: int) -> None:
     """Token 399 becomes poison: whatever reads it has NaN logits from there on."""
-    model = random_model(tiny_config())
+    model = random_model(tiny_config(tie_embeddings=False))
     model.embedding.weight.data[399] = float("nan")
-    logits = AFTForCausalLM.logits
-    with mock.patch.object(AFTForCausalLM, "logits", lambda self, hidden: logits(self, hidden)[..., :399]):
-        healthy = [request(f"{i}", max_tokens=20) for i in range(3)]
-        expected = [alone(one, model) for one in healthy]
-        in_prompt = Request("prompt", [1, 399], healthy[0].params)
-        later = request("later", n=n_poisoned, max_tokens=20)
-        engine = LLMEngine(model, WORDS)
-        for one in (healthy[0], in_prompt, later, *healthy[1:]):
-            engine.add_request(one)
-        first = engine.step()
-        for sequence in engine._running:
-            if sequence.request is later and sequence.index == 0:
-                sequence.token_ids[-1] = 399
-        results = run(engine)
+    healthy = [request(f"{i}", max_tokens=20, banned_token_ids=(399,)) for i in range(3)]
+    expected = [alone(one, model) for one in healthy]
+    in_prompt = Request("prompt", [1, 399], healthy[0].params)
+    later = request("later", n=n_poisoned, max_tokens=20)
+    engine = LLMEngine(model, WORDS)
+    for one in (healthy[0], in_prompt, later, *healthy[1:]):
+        engine.add_request(one)
+    first = engine.step()
+    for sequence in engine._running:
+        if sequence.request is later and sequence.index == 0:
+            sequence.token_ids[-1] = 399
+    results = run(engine)
     for output in first:
         results[output.request_id, output.index].insert(0, output)
     assert [type(output.error) for output in results["prompt", 0]] == [GenerationError]
