@@ -24,7 +24,7 @@ class Context:
     started_at: int  # seconds since 1970
 
 
-def _of(request: Request) -> Context:
+async def _of(request: Request) -> Context:  # FastAPI runs what is not async in a thread
     context: Context = request.app.state.context
     return context
 

@@ -12,13 +12,13 @@ router = APIRouter(tags=["operations"])
 
 
 @router.get("/health", response_class=PlainTextResponse, responses={503: {"description": "It must be restarted."}})
-def health(context: ContextOf) -> Response:
+async def health(context: ContextOf) -> Response:
     """200 while the process can generate, also while it drains."""
     return PlainTextResponse("", 200 if context.engine.is_alive else 503)
 
 
 @router.get("/ready", response_class=PlainTextResponse, responses={503: {"description": "Send requests elsewhere."}})
-def ready(context: ContextOf) -> Response:
+async def ready(context: ContextOf) -> Response:
     """200 while requests are taken; 503 after SIGTERM."""
     return PlainTextResponse("", 200 if context.engine.is_ready else 503)
 
