@@ -124,6 +124,27 @@ def ours(name: str, quantize: Quantization | None) -> Iterator[Result]:
             }
 
 
+@app.command()
+@torch.inference_mode()
+def flat(
+    shape: Annotated[str, typer.Option(help="6M, 110M, 169M.")] = "110M",
+    rounds: Annotated[int, typer.Option(help="Positions take turns.")] = 40,
+) -> None:
+    """Time of a token of one sequence at position 100,000, as a ratio to that at position 100."""
+    torch.manual_seed(0)
+    model = AFTForCausalLM(SHAPES[shape]).eval()
+    states = AFTState.concatenate([model.init_state(1)])
+    runner = make_runner(model, states, CHUNK)
+    (early, _), (late, _) = read_up_to(runner, (100, LONGEST)).values()
+
+    def seconds(state: AFTState) -> float:
+        states.copy_(state)
+        return median(lambda: runner.step_([1]))
+
+    ratios = [seconds(late) / seconds(early) for _ in range(rounds)]
+    print(f"{shape}: {statistics.median(ratios):.3f}")
+
+
 def read_up_to(runner: Runner, contexts: Sequence[int]) -> dict[int, tuple[AFTState, float]]:
     """By context: the state after so many tokens, and the tokens per second of reading those since the last one."""
     ids = torch.randint(runner.model.config.vocab_size, (CHUNK,)).tolist()

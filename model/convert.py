@@ -88,8 +88,8 @@ def from_folder(folder: Path) -> tuple[Named, float]:
         named = {name: tensor for file in files for name, tensor in load_pickled(file).items()}
     else:
         raise CheckpointError(f"{folder} has neither .safetensors files nor pytorch_model.bin.")
-    if config.get("tie_word_embeddings") or "head.weight" not in named:
-        named["head.weight"] = named["rwkv.embeddings.weight"]
+    if config.get("tie_word_embeddings"):
+        named.pop("head.weight", None)
 
     def renamed(name: str) -> str:
         for theirs, authors in AUTHOR_BY_TRANSFORMERS.items():
@@ -116,8 +116,9 @@ def load_pickled(path: Path) -> Named:
 
 
 def model_of(tensors: Named, norm_eps: float, source: Path) -> AFTForCausalLM:
-    """The model of tensors with the author's names."""
+    """The model of tensors with the author's names. Without a head of its own the model has that of the embedding."""
     try:
+        tensors = {"head.weight": tensors["emb.weight"], **tensors}
         vocab_size, d_model = tensors["emb.weight"].shape
         d_ff = tensors["blocks.0.ffn.key.weight"].shape[0]
         dtypes = {tensor.dtype for tensor in tensors.values()}

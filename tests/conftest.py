@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import HealthCheck, settings
 
 from model import AFTConfig, AFTForCausalLM, SentencePieceTokenizer, Tokenizer, save_checkpoint
 from model.config import Variant
+from model.tokenizer import END_OF_TEXT
 
 # Tiny tensors gain nothing from a second thread, and waiting for it makes tests on two cores several times slower.
 torch.set_num_threads(1)
@@ -54,6 +56,21 @@ def random_model(config: AFTConfig, seed: int = 0, std: float = 0.3) -> AFTForCa
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=std)
     return model.eval().requires_grad_(False)
+
+
+def byte_level_tokenizer(vocab_size: int, *special_tokens: str) -> tokenizers.Tokenizer:
+    """As GPT-2's: BPE on bytes. The end-of-text token is the first."""
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, *special_tokens],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator(STORIES * 3, trainer)
+    return words
 
 
 @pytest.fixture(scope="session")

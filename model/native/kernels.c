@@ -146,13 +146,20 @@ INLINE float dot(const float *x, const float *y, i64 n) {
     return sum;
 }
 
-/* EMBED: rows of weights[0] [V, C] at in [rows] int64; plus rows of weights[1] at in2 [rows] int64, if given. n: C */
+/* EMBED: rows of weights[0] [V, C] at in [rows] int64; plus rows of weights[1] at in2 [rows] int64, if given.
+ * n: C, format of weights[0], FLOAT32 or BFLOAT16
+ */
 static void embed(const struct op *op, i64 rows, int thread, int n_threads) {
     i64 width = op->n[0], begin, end;
     share(rows, thread, n_threads, &begin, &end);
     for (i64 b = begin; b < end; b++) {
         float *out = (float *)op->out + b * width;
-        memcpy(out, (const float *)op->weights[0] + ((const i64 *)op->in)[b] * width, width * 4);
+        i64 at = ((const i64 *)op->in)[b] * width;
+        if (op->n[1] == BFLOAT16) {
+            for (i64 c = 0; c < width; c++) ((uint32_t *)out)[c] = (uint32_t)((const uint16_t *)op->weights[0])[at + c] << 16;
+        } else {
+            memcpy(out, (const float *)op->weights[0] + at, width * 4);
+        }
         if (op->weights[1]) {
             const float *added = (const float *)op->weights[1] + ((const i64 *)op->in2)[b] * width;
             for (i64 c = 0; c < width; c++) out[c] += added[c];

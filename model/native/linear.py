@@ -99,6 +99,8 @@ def pack(model: AFTForCausalLM, kernels: Library, *, int8: bool = False) -> AFTF
     packed = AFTForCausalLM.empty(model.config)
     packed.load_state_dict(model.state_dict(), assign=True)
     packed.float().eval().requires_grad_(False)
+    if model.embedding.weight.dtype == torch.bfloat16:  # half the bytes, and a kernel widens the rows that it takes
+        packed.embedding.weight = model.embedding.weight
     memory = HugePages()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

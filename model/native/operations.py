@@ -35,9 +35,8 @@ class Activation(IntEnum):
 
 def embed(ids: Tensor, table: Tensor, positions: Tensor, position_table: Tensor | None, output: Tensor) -> Operation:
     """output [B, C] = rows of table [V, C], plus those of position_table, if there is one; ids, positions [B] int64."""
-    return _operation(
-        Kind.EMBED, [table.shape[1]], output, input=ids, input2=positions, weights=[table, position_table]
-    )
+    n = [table.shape[1], FORMATS[table.dtype]]
+    return _operation(Kind.EMBED, n, output, input=ids, input2=positions, weights=[table, position_table])
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, output: Tensor) -> Operation:

@@ -7,24 +7,15 @@ import sys
 from pathlib import Path
 
 import httpx2
-import tokenizers
 import torch
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from tests.conftest import STORIES
+from tests.conftest import byte_level_tokenizer
 from tests.e2e.conftest import Server
 
 
 def test_a_converted_model_is_served(tmp_path: Path) -> None:
-    words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words.train_from_iterator(STORIES, trainer)
+    words = byte_level_tokenizer(400)
     torch.manual_seed(0)
     theirs = RwkvForCausalLM(RwkvConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, rescale_every=0))
     theirs.eval()  # type: ignore[no-untyped-call]

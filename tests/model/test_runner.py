@@ -166,6 +166,7 @@ def test_bfloat16_checkpoints_are_computed_in_float32() -> None:
     assert {module.panels.dtype for module in runner.model.modules() if isinstance(module, PackedLinear)} == {
         torch.bfloat16
     }
+    assert runner.model.embedding.weight.dtype == torch.bfloat16
     in_float32 = make_runner(model.float(), slots(model), 64)
     assert torch.equal(in_float32.read([1, 2, 3], None)[0], hidden)
 

@@ -21,7 +21,7 @@ from model.generate import generate
 from model.runner import TorchRunner, make_runner
 from model.sampling import GREEDY
 from model.tokenizer import HuggingFaceTokenizer
-from tests.conftest import STORIES, random_model, tiny_config
+from tests.conftest import byte_level_tokenizer, random_model, tiny_config
 from tests.model.test_tokenizer import WORLD_VOCABULARY
 
 # Width, blocks, inner width, tied embeddings.
@@ -55,17 +55,8 @@ def theirs(shape: tuple[int, int, int, bool] = SHAPES[0]) -> RwkvForCausalLM:
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = tokenizers.decoders.ByteLevel()
+    words = byte_level_tokenizer(VOCAB_SIZE - 1, "<|padding|>")
     words.normalizer = tokenizers.normalizers.NFC()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 1,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words.train_from_iterator(STORIES * 3, trainer)
     words.add_tokens([tokenizers.AddedToken("    ", normalized=False)])
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     words.save(str(path))
@@ -226,6 +217,9 @@ def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None
         convert(source, tmp_path / "ours", tokenizer_file)
     (source / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
     with pytest.raises(CheckpointError, match=r"has neither .safetensors files nor"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    torch.save({"head.weight": torch.zeros(3, 4)}, source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 'emb.weight'"):
         convert(source, tmp_path / "ours", tokenizer_file)
     torch.save(theirs().state_dict(), source / "pytorch_model.bin")
     convert(source, tmp_path / "of_bin", tokenizer_file)

@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model import SentencePieceTokenizer, Tokenizer
 from model.errors import TokenizationError
 from model.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, WorldTokenizer, load_tokenizer
-from tests.conftest import STORIES
+from tests.conftest import STORIES, byte_level_tokenizer
 
 WORLD_WORDS = ["Hello", " world", "wor", "world", "日本", "日", " worlds"]
 WORLD_VOCABULARY = "".join(
@@ -76,14 +75,7 @@ def test_other_files_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def byte_level() -> HuggingFaceTokenizer:
-    words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    words.train_from_iterator(STORIES, trainer)
+    words = byte_level_tokenizer(300)
     words.add_tokens(["   "])
     return HuggingFaceTokenizer(words.to_str().encode())
 
