@@ -32,8 +32,11 @@ def main(
     print(f"{text.name}: {len(texts)} documents, {sum(map(len, texts)):,} characters")
     for folder in model or []:
         network, tokenizer = load_checkpoint(folder)
-        n_parameters, kernels = network.num_parameters, library()
-        if int8 and kernels:
+        n_parameters = network.num_parameters
+        if int8:
+            kernels = library()
+            if kernels is None:
+                raise typer.BadParameter("--int8 needs a C compiler, such as gcc or clang.")
             network = pack(network, kernels, int8=True)
         bits = bits_per_character(network, tokenizer, texts)
         print(f"{folder.name}: {n_parameters:,} parameters, {bits:.4f} bits/character")

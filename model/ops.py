@@ -193,8 +193,8 @@ def absorb(running: RunningSums, keys: Tensor, values: Tensor, decay: Tensor | N
 
     Two errors could grow with the length of a sequence. Adding a small term to a large sum loses its low bits: the
     loss is kept in `compensation`. Rescaling at each new maximum rounds: so the reference moves only when a key
-    exceeds it by 16 nats, and whatever is rescaled then weighs less than 1e-7 of the new term. For sums that decay see
-    `_decayed`.
+    exceeds it by 16 nats, at most once for each 16 nats that the largest key rises, and the rounding of so few moves
+    does not add up. For sums that decay see `_decayed`.
     """
     before, faded = running.reference, None
     if decay is not None:

@@ -155,7 +155,7 @@ def _on_ray() -> Callable[[ServerConfig], None]:
     try:
         from server.deploy.replicas import run
     except ImportError as error:
-        raise ConfigurationError("ray needs Ray Serve: pip install 'aft-server[ray]'.") from error
+        raise ConfigurationError("ray needs Ray Serve: pip install 'ray[serve]'.") from error
     return run
 
 

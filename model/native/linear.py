@@ -94,13 +94,21 @@ class PackedLinear(nn.Module):
         return operations.linear(x, self.panels, self.scale, self.bias, output, activation=activation, adds=adds)
 
 
+class WidenedEmbedding(nn.Embedding):
+    """In bfloat16, half the bytes; the rows that are looked up are float32."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return super().forward(token_ids).float()
+
+
 def pack(model: AFTForCausalLM, kernels: Library, *, int8: bool = False) -> AFTForCausalLM:
     """The model with packed matrices, for reading only; it shares what is no matrix."""
     packed = AFTForCausalLM.empty(model.config)
     packed.load_state_dict(model.state_dict(), assign=True)
     packed.float().eval().requires_grad_(False)
-    if model.embedding.weight.dtype == torch.bfloat16:  # half the bytes, and a kernel widens the rows that it takes
-        packed.embedding.weight = model.embedding.weight
+    if model.embedding.weight.dtype == torch.bfloat16:
+        vocab_size, width = model.embedding.weight.shape
+        packed.embedding = WidenedEmbedding(vocab_size, width, _weight=model.embedding.weight)
     memory = HugePages()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -58,11 +58,16 @@ class ProgressReport:
 
 
 def plot_history(path: Path, history: Sequence[Record]) -> None:
-    """Training loss (nats per token) and validation (bits per character) against tokens read, as a PNG."""
-    import matplotlib as mpl
+    """Training loss (nats per token) and validation (bits per character) against tokens read, as a PNG.
 
+    Nothing without matplotlib: a picture is not worth a run.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return
     mpl.use("agg")
-    from matplotlib import pyplot  # here: who only serves has no matplotlib
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     tokens = [record.tokens for record in history]

@@ -34,7 +34,9 @@ class Tracer:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            raise ConfigurationError("otlp_endpoint needs OpenTelemetry: pip install 'aft-server[tracing]'.") from error
+            raise ConfigurationError(
+                "otlp_endpoint needs OpenTelemetry: pip install opentelemetry-exporter-otlp-proto-http."
+            ) from error
         self._provider = TracerProvider(resource=Resource.create({"service.name": "aft-server"}))
         exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
         self._provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -37,5 +37,5 @@ def _is_redis(where: str) -> bool:
     try:
         import redis  # noqa: F401
     except ImportError as error:
-        raise ConfigurationError("A store in Redis needs pip install 'aft-server[redis]'.") from error
+        raise ConfigurationError("A store in Redis needs a package: pip install redis.") from error
     return True

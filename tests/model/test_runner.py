@@ -167,8 +167,10 @@ def test_bfloat16_checkpoints_are_computed_in_float32() -> None:
         torch.bfloat16
     }
     assert runner.model.embedding.weight.dtype == torch.bfloat16
+    found, _ = runner.model(torch.tensor([[1, 2, 3]]))
     in_float32 = make_runner(model.float(), slots(model), 64)
     assert torch.equal(in_float32.read([1, 2, 3], None)[0], hidden)
+    torch.testing.assert_close(found, model(torch.tensor([[1, 2, 3]]))[0])
 
 
 @pytest.mark.usefixtures("_fresh_library")

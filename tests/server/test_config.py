@@ -31,4 +31,4 @@ def test_mistakes_are_a_sentence() -> None:
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "server.deploy.replicas", None)
-    assert refusal("--ray") == "ray needs Ray Serve: pip install 'aft-server[ray]'."
+    assert refusal("--ray") == "ray needs Ray Serve: pip install 'ray[serve]'."

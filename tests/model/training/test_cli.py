@@ -14,6 +14,7 @@ import torch
 from model import load_checkpoint
 from model.training.data import PackedBatches, encode_documents, read_documents
 from model.training.evaluate import bits_per_character
+from model.training.progress import plot_history
 from model.training.trainer import Loss
 from tests.conftest import STORIES
 
@@ -102,3 +103,9 @@ def test_mistakes_end_in_a_sentence(arguments: list[str], message: str, text: Pa
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot_history(tmp_path / "loss.png", [])
+    assert not list(tmp_path.iterdir())
