@@ -219,23 +219,23 @@ def of_transformers(name: str) -> Iterator[Result]:
 
 
 def of_servers(name: str, peers: bool) -> Iterator[Result]:
-    """`aft serve`, with the threads that it chooses, and llama-server, whose contexts share room for 16,384 tokens."""
+    """`aft serve`, and llama-server, whose contexts share room for 16,384 tokens."""
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = servers.write_checkpoint(SHAPES[name], Path(folder))
-        with servers.serving([*servers.AFT, "--model", checkpoint]) as server:
+        with servers.serving([*servers.AFT, "--model", checkpoint, "--threads", f"{threads}"]) as server:
             yield {"engine": "this server", **servers.measure(server, CONTEXTS, SERVER_CLIENTS)}
     if not peers or name not in llama_cpp.SHAPES:
         return
     try:
         program = llama_cpp.build() / "llama-server"
-        threads = torch.get_num_threads()
         options = {"-m": llama_cpp.model_file(name), "-t": threads, "-tb": threads, "-c": 16_384, "-np": 32}
     except llama_cpp.UnavailableError as error:
         print(error)
         return
     arguments = [f"{part}" for option in options.items() for part in option]
     with servers.serving([program, "--kv-unified", *arguments], ready="/health") as server:
-        found = servers.measure(server, CONTEXTS, SERVER_CLIENTS, ignore_eos=True, cache_prompt=False)
+        found = servers.measure(server, CONTEXTS, SERVER_CLIENTS, cache_prompt=False)
         yield {"engine": "llama-server", **found}
 
 

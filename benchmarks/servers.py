@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -75,22 +76,19 @@ def measure(server: Serving, contexts: Sequence[int], batch_sizes: Sequence[int]
     with prompts of 128 tokens of which reading is a part, and the most memory that the server held.
     """
 
-    def seconds_and_tokens(n_clients: int, n_prompt: int, max_tokens: int, first: int) -> tuple[float, float, int]:
-        bodies = [
-            {"prompt": prompt(n_prompt, first=17 * (first + i)), "max_tokens": max_tokens, "temperature": 0, **options}
-            for i in range(n_clients)
-        ]
+    numbers = itertools.count()  # a prompt that began like another would be read already
+
+    def seconds(n_clients: int, n_prompt: int, max_tokens: int) -> tuple[float, float]:
+        """To the first token of the first client, and in all."""
+        fields = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **options}
+        bodies = [{"prompt": prompt(n_prompt, first=next(numbers)), **fields} for _ in range(n_clients)]
         started = time.perf_counter()
         timings = run_fast(run(server.url, bodies, n_clients, path="/v1/completions"))
-        n_tokens = sum(len(timing.arrivals) - 1 for timing in timings)  # the last event is [DONE]
-        return timings[0].time_to_first_token, time.perf_counter() - started, n_tokens
+        return timings[0].time_to_first_token, time.perf_counter() - started
 
-    seconds_and_tokens(1, 16, 8, 0)
-    first_token = {f"{n}": min(seconds_and_tokens(1, n, 4, 100 + i)[0] for i in range(3)) for n in contexts}
-    speeds = {}
-    for n_clients in batch_sizes:
-        _, seconds, n_tokens = seconds_and_tokens(n_clients, 128, 128, 200 + n_clients)
-        speeds[f"{n_clients}"] = n_tokens / seconds
+    seconds(1, 16, 8)
+    first_token = {f"{n}": min(seconds(1, n, 4)[0] for _ in range(3)) for n in contexts}
+    speeds = {f"{n}": n * 128 / seconds(n, 128, 128)[1] for n in batch_sizes}
     return {"first_token": first_token, "decode": speeds, "startup": server.seconds, "peak_bytes": server.peak_bytes}
 
 

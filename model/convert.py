@@ -53,8 +53,9 @@ AUTHOR_BY_TRANSFORMERS = {
 # Of each token shift, in the order of its rows.
 MIXES = {"att": ("attention.shift.mix", "kvr"), "ffn": ("feed_forward.shift.mix", "kr")}
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ {'user': 'User', 'assistant': 'Assistant', 'system': 'System'}[message.role] }}: {{ message.content | trim }}"
+    "{% set names = {'user': 'User', 'assistant': 'Assistant', 'system': 'System', 'developer': 'System'} %}"
+    "{% for message in messages %}"  # an empty line ends a turn, so none may be within one
+    "{{ names[message.role] }}: {{ message.content | trim | replace('\r\n', '\n') | replace('\n\n', '\n') }}"
     "\n\n{% endfor %}Assistant:"
 )
 
@@ -63,8 +64,10 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> AFTForCau
     """Write the checkpoint folder `out`; a World model also gets the roles of its chats.
 
     source: a folder as transformers writes it, or a .pth file; tokenizer: its file or folder, if not that of source.
-    Raises CheckpointError and TokenizationError for anything that is not RWKV-4.
+    Raises CheckpointError and TokenizationError for anything that is not RWKV-4, and for an `out` that holds files.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} must be a new folder or an empty one.")
     tensors, norm_eps = from_folder(source) if source.is_dir() else from_pth(source)
     words = load_tokenizer(tokenizer or (source if source.is_dir() else source.parent))
     model = model_of(tensors, norm_eps, source)
@@ -80,7 +83,7 @@ def from_folder(folder: Path) -> tuple[Named, float]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if config.get("model_type") != "rwkv":
+    if not isinstance(config, dict) or config.get("model_type") != "rwkv":
         raise CheckpointError(f'{folder / "config.json"} must have "model_type": "rwkv", the name of RWKV-4 there.')
     if files := sorted(folder.glob("*.safetensors")):
         named = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
@@ -96,7 +99,10 @@ def from_folder(folder: Path) -> tuple[Named, float]:
             name = name.replace(theirs, authors)
         return name
 
-    return {renamed(name): tensor for name, tensor in named.items()}, float(config.get("layer_norm_epsilon", 1e-5))
+    norm_eps = config.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(norm_eps, int | float):
+        raise CheckpointError(f"{folder / 'config.json'}: layer_norm_epsilon must be a number, not {norm_eps!r}.")
+    return {renamed(name): tensor for name, tensor in named.items()}, float(norm_eps)
 
 
 def from_pth(path: Path) -> tuple[Named, float]:
@@ -136,7 +142,7 @@ def model_of(tensors: Named, norm_eps: float, source: Path) -> AFTForCausalLM:
         renamed = {name: tensor.to(dtype).contiguous() for name, tensor in _renamed(tensors)}
     except KeyError as error:
         raise CheckpointError(f"{source} lacks the tensor {error.args[0]!r} of RWKV-4.") from error
-    except (ValueError, ConfigError) as error:
+    except (ValueError, IndexError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{source} is not an RWKV-4 model: {error}") from error
     model = AFTForCausalLM.empty(config)
     if config.tie_embeddings:
@@ -174,8 +180,16 @@ def _ours(name: str) -> str:
 def _copy_chat_template(source: Path, out: Path, tokenizer: Tokenizer) -> None:
     """From a folder that has one; World models were taught these roles."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
-        if (source / name).is_file():
+        if (source / name).is_file() and (name.endswith(".jinja") or _has_chat_template(source / name)):
             shutil.copyfile(source / name, out / name)
             return
     if isinstance(tokenizer, WorldTokenizer):
         (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _has_chat_template(path: Path) -> bool:
+    try:
+        described = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return isinstance(described, dict) and isinstance(described.get("chat_template"), str)

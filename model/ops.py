@@ -29,7 +29,7 @@ from model.state import EMPTY_KEY, EMPTY_REFERENCE, LayerState, RunningSums
 BLOCK = 64  # tokens per block of the parallel form: its work per token grows with BLOCK + window
 DECAY_BLOCK = 32  # the same where sums decay, which costs an exponential for every pair and key
 REFERENCE_SLACK = 16.0  # nats by which a key may exceed the reference of the running sums before that moves
-SLOW_DECAY = 0.5  # nats; below, subtracting it from the reference would round it
+SLOW_DECAY = 2.0  # nats; below, the sums last long enough to feel that subtracting it rounds the reference
 LARGEST_DECAY = 1e28  # nats per token; more cannot matter, and would overflow
 SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
 DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one

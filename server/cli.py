@@ -49,7 +49,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a step; one for each core if left out.")
+        int | None, typer.Option(min=1, help="CPU threads of a step; if left out, one for each core that it may use.")
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of a prompt and its text together; what the model can read if left out.")

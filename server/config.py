@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from server.errors import ConfigurationError
 from server.logs import LogFormat, configure_logging
 from server.sessions import SessionsConfig, open_prefix_store, open_store
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period's
 # The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
 SWITCH_SECONDS = 0.0005
 
@@ -27,7 +29,7 @@ class ServerConfig:
     """Raises ConfigurationError, naming the field, for values out of range. It can be sent to another process.
 
     model          checkpoint folder
-    threads        CPU threads of a step; None is one for each core
+    threads        CPU threads of a step; None is one for each core, as far as a container's quota goes
     store          SQLite file or URL of a Redis that keeps sessions; None is in memory
     prefix_store   bytes in the store for what leaves the prefix cache; 0 keeps nothing there
     drain_timeout  seconds that running requests get at the end
@@ -67,8 +69,7 @@ class ServerConfig:
         """Make this process ready to serve, and the application that does. Raises ModelError and ConfigurationError."""
         configure_logging(self.log_format)
         network, tokenizer = load_checkpoint(self.model, self.device)
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads or available_cores())
         sys.setswitchinterval(SWITCH_SECONDS)
         return create_app(
             LLMEngine(network, tokenizer, self.engine),
@@ -78,6 +79,16 @@ class ServerConfig:
             self.sessions,
             choose_prefix_store(self.store, self.prefix_store, self.engine),
         )
+
+
+def available_cores() -> int:
+    """A container may be allowed less than PyTorch sees."""
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        allowed = math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):  # "max", or no cgroup
+        return torch.get_num_threads()
+    return max(1, min(allowed, torch.get_num_threads()))
 
 
 def choose_prefix_store(store: str | None, max_bytes: int, config: EngineConfig) -> PrefixStore | None:

@@ -118,6 +118,13 @@ INLINE vec load_bfloat16(const uint16_t *from) {
 #endif
 }
 
+INLINE void widen(const uint16_t *from, i64 n, float *to) {
+    for (i64 i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
 INLINE float across(vec sums) {
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += sums[i];
@@ -155,11 +162,8 @@ static void embed(const struct op *op, i64 rows, int thread, int n_threads) {
     for (i64 b = begin; b < end; b++) {
         float *out = (float *)op->out + b * width;
         i64 at = ((const i64 *)op->in)[b] * width;
-        if (op->n[1] == BFLOAT16) {
-            for (i64 c = 0; c < width; c++) ((uint32_t *)out)[c] = (uint32_t)((const uint16_t *)op->weights[0])[at + c] << 16;
-        } else {
-            memcpy(out, (const float *)op->weights[0] + at, width * 4);
-        }
+        if (op->n[1] == BFLOAT16) widen((const uint16_t *)op->weights[0] + at, width, out);
+        else memcpy(out, (const float *)op->weights[0] + at, width * 4);
         if (op->weights[1]) {
             const float *added = (const float *)op->weights[1] + ((const i64 *)op->in2)[b] * width;
             for (i64 c = 0; c < width; c++) out[c] += added[c];
@@ -280,7 +284,7 @@ struct row {
 
 enum { BLOCK = 64 }; /* keys that are taken together, side by side in vectors */
 enum { SLACK = 16 }; /* REFERENCE_SLACK of ops.py; the others are called there as here */
-static const float LARGEST_KEY = 1e38f, SLOW_DECAY = 0.5f, EMPTY_REFERENCE = -3.40282347e38f, LOW = 1.12535175e-7f;
+static const float LARGEST_KEY = 1e38f, SLOW_DECAY = 2.0f, EMPTY_REFERENCE = -3.40282347e38f, LOW = 1.12535175e-7f;
 INLINE float bounded(float key) { return lowest(highest(key, -LARGEST_KEY), LARGEST_KEY); }
 
 INLINE const float *bias_of(const struct row *r, i64 h, i64 j) {
@@ -492,12 +496,11 @@ static void run_one(const struct op *op, i64 rows, int thread, int n_threads) {
 /* Until all threads are here, for whom the counter has gone on to n_arrivals. One that waits for long gives its core to
  * whoever wants it, on a small machine the event loop and clients: OpenMP's own barrier keeps it for milliseconds.
  */
-static void barrier(atomic_llong *arrived, i64 n_arrivals) {
-    enum { TURNS = 2000 };
+static void barrier(atomic_llong *arrived, i64 n_arrivals, int patience) {
     atomic_fetch_add(arrived, 1);
-    for (int turns = 0; atomic_load(arrived) < n_arrivals; turns += turns < TURNS) {
-        if (turns == TURNS) sched_yield();
-        else PAUSE();
+    while (atomic_load(arrived) < n_arrivals) {
+        if (patience-- > 0) PAUSE();
+        else patience = 0, sched_yield();
     }
 }
 #endif
@@ -505,10 +508,11 @@ static void barrier(atomic_llong *arrived, i64 n_arrivals) {
 void run(const struct op *ops, i64 n_ops, i64 rows, int n_threads) {
 #ifdef _OPENMP
     atomic_llong arrived = 0;
+    int patience = n_threads > omp_get_num_procs() ? 0 : 2000;
 #pragma omp parallel num_threads(n_threads)
     for (i64 i = 0; i < n_ops; i++) {
         run_one(ops + i, rows, omp_get_thread_num(), omp_get_num_threads());
-        barrier(&arrived, (i + 1) * omp_get_num_threads());
+        barrier(&arrived, (i + 1) * omp_get_num_threads(), patience);
     }
 #else
     for (i64 i = 0; i < n_ops; i++) run_one(ops + i, rows, 0, 1);

@@ -117,11 +117,11 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _shared_folder() -> Path | None:
     """Where libraries are kept for all processes; None where nothing can be kept."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aft"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aft"
         folder.mkdir(parents=True, exist_ok=True)
         return folder if os.access(folder, os.W_OK) else None
-    except OSError:
+    except (OSError, RuntimeError):  # the latter for a user without a home
         return None
 
 

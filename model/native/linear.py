@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -40,7 +41,8 @@ def _pages(n_bytes: int) -> mmap.mmap:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, n_bytes)
     pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a Linux built without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
@@ -105,15 +107,17 @@ def pack(model: AFTForCausalLM, kernels: Library, *, int8: bool = False) -> AFTF
     """The model with packed matrices, for reading only; it shares what is no matrix."""
     packed = AFTForCausalLM.empty(model.config)
     packed.load_state_dict(model.state_dict(), assign=True)
-    packed.float().eval().requires_grad_(False)
-    if model.embedding.weight.dtype == torch.bfloat16:
-        vocab_size, width = model.embedding.weight.shape
-        packed.embedding = WidenedEmbedding(vocab_size, width, _weight=model.embedding.weight)
-    memory = HugePages()
+    packed.eval().requires_grad_(False)
+    memory, embedding = HugePages(), model.embedding.weight
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             layer = PackedLinear(module.weight, module.bias, kernels, int8=int8, memory=memory)
             packed.set_submodule(name, layer)
     if packed.head is None:
-        packed.head = PackedLinear(model.embedding.weight, None, kernels, int8=int8, memory=memory)
+        packed.head = PackedLinear(embedding, None, kernels, int8=int8, memory=memory)
+    if embedding.dtype == torch.bfloat16:
+        packed.embedding = WidenedEmbedding(*embedding.shape, _weight=embedding)  # type: ignore[misc]
+    for name, parameter in packed.named_parameters():  # what is left is small, but for an embedding in float16
+        if name != "embedding.weight" or embedding.dtype != torch.bfloat16:
+            parameter.data = parameter.data.float()
     return packed

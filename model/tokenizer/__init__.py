@@ -18,12 +18,14 @@ __all__ = [
 ]
 
 FILE_NAMES = [kind.file_name for kind in (SentencePieceTokenizer, HuggingFaceTokenizer, WorldTokenizer)]
+AUTHORS_NAMES = ["rwkv_vocab_v*.txt", "20B_tokenizer.json"]  # beside RWKV's .pth files
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """path: a tokenizer's file, or a folder that has one. Raises TokenizationError."""
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        found = found or [file for pattern in AUTHORS_NAMES for file in sorted(path.glob(pattern))]
         if len(found) != 1:
             which = ", ".join(file.name for file in found) or "none"
             raise TokenizationError(f"{path} must have one of {', '.join(FILE_NAMES)}; it has {which}.")

@@ -27,15 +27,15 @@ class TokenProcessor:
 
         What goes wrong with one sequence becomes the error of its output, and touches no other.
         """
-        normalizers = logits.logsumexp(-1).tolist()  # NaN or infinite if one of the logits is
-        errors = {row: _not_finite() for row, total in enumerate(normalizers) if not math.isfinite(total)}
+        normalizers = logits.logsumexp(-1)  # NaN or infinite where a logit is NaN or infinity, or all are -infinity
+        errors = {row: _not_finite() for row, total in enumerate(normalizers.tolist()) if not math.isfinite(total)}
         allowed = self._allowed(sequences, logits, errors)
         good = [row for row in range(len(sequences)) if row not in errors]
         chosen = sample(allowed if not errors else allowed[good], [sequences[row].sampler for row in good])
         token_ids = dict(zip(good, chosen, strict=True))
         # A row without a token looks up token 0, and throws that away.
         column = [i if isinstance(i := token_ids.get(row), int) else 0 for row in range(len(sequences))]
-        chosen_logits = logits.gather(-1, torch.tensor(column).unsqueeze(-1)).squeeze(-1).tolist()
+        logprobs = (logits.gather(-1, torch.tensor(column).unsqueeze(-1)).squeeze(-1) - normalizers).tolist()
         outputs = []
         for row, sequence in enumerate(sequences):
             error, token_id = errors.get(row), token_ids.get(row)
@@ -45,7 +45,7 @@ class TokenProcessor:
                 n_top = sequence.request.params.logprobs
                 top = None if n_top is None else top_logprobs(logits[row] - normalizers[row], n_top)
                 try:
-                    outputs.append(self._output(sequence, token_id, chosen_logits[row] - normalizers[row], top))
+                    outputs.append(self._output(sequence, token_id, logprobs[row], top))
                     continue
                 except Exception as problem:
                     error = failure(problem)

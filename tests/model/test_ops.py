@@ -200,6 +200,8 @@ KEY_SEQUENCES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     # A reference that followed every new maximum would be rounded 20,000 times.
     "ever growing": lambda t, random: (t * 1e-4).float(),
     "ever falling": lambda t, random: (t * -1e-2).float(),
+    # A decay that was taken from a reference of this size would be rounded at each token.
+    "to and fro by 200": lambda t, random: 200.0 * torch.sin(t / 40) + torch.rand(len(t), generator=random),
 }
 
 
@@ -209,7 +211,7 @@ def test_no_drift_over_20000_steps(variant: Variant) -> None:
 
     AFT-full keeps every token and sums nothing up, so there the last steps will do (each costs as much as all tokens).
     """
-    decays = [1e-7, 1e-4, 0.3, 30.0] if variant == "rwkv4" else [0.0]
+    decays = [1e-7, 1e-4, 0.3, 0.55, 1.3, 2.1, 30.0] if variant == "rwkv4" else [0.0]
     n_key = len(KEY_SEQUENCES) * len(decays)
     config = AFTConfig(
         variant=variant, vocab_size=1, d_model=n_key, n_layer=1, n_head=n_key, window=8, d_bias=2, max_positions=LONG
@@ -227,7 +229,7 @@ def test_no_drift_over_20000_steps(variant: Variant) -> None:
     forward, _ = Case(bias, keys, values).forward()
     native = None if variant == "full" else Case(bias, keys, values).native()
     assert torch.isfinite(steps).all()
-    for row in (99, 4_999, LONG - 1):
+    for row in (99, *range(4_990, 5_000), LONG - 1):
         expected = expected_row(bias, keys, values, row)
         assert relative_error(forward[0, row], expected) < 1e-5
         if native is not None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from model.config import Variant
 from model.errors import ConfigError, ContextLengthError
 from model.native import NativeRunner, PackedLinear, library
 from model.native.library import SOURCE
+from model.native.linear import _pages
 from model.runner import CUDAGraphRunner, TorchRunner, make_runner
 from model.state import AFTState
 from tests.conftest import VARIANTS, random_model, tiny_config
@@ -88,9 +90,10 @@ def test_kernels_give_the_same_bits_in_any_batch_and_for_any_cut(variant: Varian
     assert all(map(torch.equal, second.tensors(), after.tensors()))
 
 
-def test_kernels_give_the_same_bits_on_any_number_of_threads() -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_give_the_same_bits_on_any_number_of_threads(variant: Variant) -> None:
     """More threads than cores, too, and passes of two models at a time."""
-    model, before = random_model(tiny_config(d_ff=77)), torch.get_num_threads()
+    model, before = random_model(tiny_config(variant, d_ff=77)), torch.get_num_threads()
     ids = token_ids(1, 60)[0].tolist()
 
     @torch.inference_mode()
@@ -195,6 +198,19 @@ def test_a_library_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest
         assert library() is not None
         (kept,) = (tmp_path / "aft").iterdir()
     assert kept.suffix == ".so"
+
+
+@pytest.mark.usefixtures("_fresh_library")
+def test_a_user_without_a_home_has_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with mock.patch("pathlib.Path.home", side_effect=RuntimeError("Could not determine home directory.")):
+        assert library() is not None
+
+
+def test_a_linux_without_huge_pages_has_kernels_too() -> None:
+    with mock.patch("model.native.linear.mmap.mmap") as pages:
+        pages.return_value.madvise.side_effect = OSError(22, "Invalid argument")
+        assert _pages(4096) is pages.return_value
 
 
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:

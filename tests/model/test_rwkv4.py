@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from jinja2 import Template
 from torch import Tensor
 from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -159,10 +160,30 @@ def test_weights_keep_their_dtype(tokenizer_file: Path, tmp_path: Path) -> None:
 def test_a_world_model_knows_the_roles_of_a_chat(tmp_path: Path) -> None:
     torch.save(by_authors_names(theirs()), tmp_path / "model.pth")
     (tmp_path / "rwkv_vocab_v20230424.txt").write_text(WORLD_VOCABULARY, encoding="utf-8")
-    convert(tmp_path / "model.pth", tmp_path / "ours", tmp_path / "rwkv_vocab_v20230424.txt")
+    convert(tmp_path / "model.pth", tmp_path / "ours")
     _, words = load_checkpoint(tmp_path / "ours")
     assert words.decode(words.encode("Hello, world")) == "Hello, world"
+    template = (tmp_path / "ours" / "chat_template.jinja").read_text()
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi\n\nAssistant: no\n"}]
+    rendered = Template(template).render(messages=messages)
+    assert rendered == "System: Be brief.\n\nUser: Hi\nAssistant: no\n\nAssistant:"
+
+
+def test_a_world_model_of_transformers_knows_them_too(tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "rwkv_vocab_v20230424.txt").write_text(WORLD_VOCABULARY, encoding="utf-8")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"tokenizer_class": "RWKVWorldTokenizer"}')
+    convert(tmp_path / "theirs", tmp_path / "ours")
     assert "Assistant:" in (tmp_path / "ours" / "chat_template.jinja").read_text()
+    assert not (tmp_path / "ours" / "tokenizer_config.json").exists()
+
+
+def test_files_that_are_there_are_not_overwritten(tokenizer_file: Path, tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path / "theirs")
+    before = {file: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(CheckpointError, match="must be a new folder or an empty one"):
+        convert(tmp_path / "theirs", tmp_path / "theirs", tokenizer_file)
+    assert {file: file.read_bytes() for file in (tmp_path / "theirs").iterdir()} == before
 
 
 class Harmful:
@@ -193,6 +214,8 @@ def test_no_pickle_is_executed(tokenizer_file: Path, tmp_path: Path) -> None:
         ({"blocks.0.att.time_decay": torch.ones(2, 16)}, None),
         ({"blocks.0.att.time_decay": torch.ones(2, 15)}, "bias.time_decay' is"),
         ({"blocks.0.att.time_decay": torch.full((32,), float("nan"))}, "holds NaN"),
+        ({"blocks.0.att.time_mix_v": torch.zeros(1, 1, 31)}, "is not an RWKV-4 model"),
+        ({"blocks.0.ffn.key.weight": torch.tensor(1.0)}, "is not an RWKV-4 model"),
     ],
 )
 def test_other_tensors_are_refused_by_name(
@@ -212,9 +235,11 @@ def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None
     source.mkdir()
     with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
         convert(source, tmp_path / "ours", tokenizer_file)
-    (source / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(CheckpointError, match='must have "model_type": "rwkv"'):
-        convert(source, tmp_path / "ours", tokenizer_file)
+    others: list[object] = [{"model_type": "gpt2"}, []]
+    for other in others:
+        (source / "config.json").write_text(json.dumps(other))
+        with pytest.raises(CheckpointError, match='must have "model_type": "rwkv"'):
+            convert(source, tmp_path / "ours", tokenizer_file)
     (source / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
     with pytest.raises(CheckpointError, match=r"has neither .safetensors files nor"):
         convert(source, tmp_path / "ours", tokenizer_file)
@@ -222,6 +247,10 @@ def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"lacks the tensor 'emb.weight'"):
         convert(source, tmp_path / "ours", tokenizer_file)
     torch.save(theirs().state_dict(), source / "pytorch_model.bin")
+    (source / "config.json").write_text(json.dumps({"model_type": "rwkv", "layer_norm_epsilon": None}))
+    with pytest.raises(CheckpointError, match="layer_norm_epsilon must be a number, not None"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
     convert(source, tmp_path / "of_bin", tokenizer_file)
     theirs().save_pretrained(source)
     with pytest.raises(TokenizationError, match=r"must have one of tokenizer.model, tokenizer.json"):

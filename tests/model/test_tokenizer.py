@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -78,6 +79,23 @@ def byte_level() -> HuggingFaceTokenizer:
     words = byte_level_tokenizer(300)
     words.add_tokens(["   "])
     return HuggingFaceTokenizer(words.to_str().encode())
+
+
+def test_the_end_of_text_is_no_word(byte_level: HuggingFaceTokenizer) -> None:
+    """Also where the file has it as a word like others."""
+    described = json.loads(byte_level.content)
+    for added in described["added_tokens"]:
+        added["special"] = False
+    words = HuggingFaceTokenizer(json.dumps(described).encode())
+    assert words.end_of_text_id not in words.encode("x<|endoftext|>")
+    assert words.token_bytes[words.end_of_text_id] == b""
+
+
+def test_a_vocabulary_without_some_bytes_is_refused() -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={END_OF_TEXT: 0, "a": 1}, merges=[]))
+    words.decoder = tokenizers.decoders.ByteLevel()
+    with pytest.raises(TokenizationError, match="no token for 255 of the 256 bytes"):
+        HuggingFaceTokenizer(words.to_str().encode())
 
 
 @given(text=st.text())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from server import cli
+from server import cli, config
 from server.errors import ConfigurationError
 
 STORE = ["--store", "sessions.sqlite"]
@@ -32,3 +34,17 @@ def test_mistakes_are_a_sentence() -> None:
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "server.deploy.replicas", None)
     assert refusal("--ray") == "ray needs Ray Serve: pip install 'ray[serve]'."
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("9000000 100000", 64), ("max 100000", 64)],
+)
+def test_a_container_has_the_threads_that_its_quota_pays_for(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "CPU_QUOTA", tmp_path / "cpu.max")
+    with mock.patch("torch.get_num_threads", return_value=64):
+        assert config.available_cores() == 64
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert config.available_cores() == cores

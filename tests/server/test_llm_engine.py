@@ -235,7 +235,7 @@ def test_a_prompt_that_shares_a_prefix_is_read_from_there() -> None:
 
 
 def test_log_probabilities_are_the_models() -> None:
-    one = request(n_prompt=20, max_tokens=5, temperature=0.5, top_k=3, logprobs=4, prompt_logprobs=2)
+    one = request(n_prompt=20, max_tokens=40, temperature=0.5, top_k=3, logprobs=4, prompt_logprobs=2)
     outputs = run(LLMEngine(MODEL, WORDS, SMALL), one)["a", 0]
     ids = [*one.prompt_ids, *token_ids(outputs)]
     expected = MODEL(torch.tensor([ids]))[0][0].log_softmax(-1)
@@ -243,6 +243,7 @@ def test_log_probabilities_are_the_models() -> None:
         assert output.token is not None
         assert output.token.logprob == pytest.approx(float(expected[i, ids[i + 1]]), abs=1e-4)
         assert output.token.top_logprobs is not None
+        assert (output.token.token_id, output.token.logprob) in output.token.top_logprobs
         top = expected[i].topk(4)
         assert [token_id for token_id, _ in output.token.top_logprobs] == top.indices.tolist()
         assert [logprob for _, logprob in output.token.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
