@@ -29,7 +29,7 @@ from model.state import EMPTY_KEY, EMPTY_REFERENCE, LayerState, RunningSums
 BLOCK = 64  # tokens per block of the parallel form: its work per token grows with BLOCK + window
 DECAY_BLOCK = 32  # the same where sums decay, which costs an exponential for every pair and key
 REFERENCE_SLACK = 16.0  # nats by which a key may exceed the reference of the running sums before that moves
-SLOW_DECAY = 2.0  # nats; below, the sums last long enough to feel that subtracting it rounds the reference
+SLOW_DECAY = 0.5  # nats; below, sums last so long that exp(-decay), rounded, would be the factor of another decay
 LARGEST_DECAY = 1e28  # nats per token; more cannot matter, and would overflow
 SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
 DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one
@@ -221,30 +221,32 @@ def absorb(running: RunningSums, keys: Tensor, values: Tensor, decay: Tensor | N
 
 
 def _sunk(running: RunningSums, faded: Tensor) -> Tensor:
-    """The reference [B, H] of sums that lost `faded` [H] nats, so that they cannot fall to 0 beside it.
+    """The reference [B, H] of sums that lose `faded` [H] nats: lower, if they would be too low beside it.
 
-    It sinks with them, or, where that would round a small decay anew at every token, by the slack when they are low.
+    It sinks by multiples of the slack, which no reference is rounded by. If it sank with the sums, each token would
+    round the decay to the digits that the reference has left.
     """
     is_low = running.sums[..., -1] * torch.exp(-faded) < math.exp(-REFERENCE_SLACK)
-    sinks_by = torch.where(faded > SLOW_DECAY, faded, torch.where(is_low, REFERENCE_SLACK, 0.0))
+    sinks_by = torch.where(is_low, REFERENCE_SLACK * torch.ceil(faded / REFERENCE_SLACK), 0.0)
     return (running.reference - sinks_by).clamp(min=EMPTY_REFERENCE)
 
 
 def _decayed(before: Tensor, reference: Tensor, faded: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors [B, H, 1] of sums that lose `faded` [H] nats and get another reference: sums * scale + sums * change.
-
-    A slow decay is a small change of sums that keep their scale: rounded as a factor of them it would be another decay.
-    """
-    with_sums = (before - faded) - reference  # exactly 0 where the reference sank with the sums
-    scale = torch.exp(torch.where(faded > SLOW_DECAY, with_sums, (before - reference) - faded))
-    is_kept = (before == reference) & (faded <= SLOW_DECAY)
-    change = torch.where(is_kept, torch.expm1(-faded), 0.0)
-    return torch.where(is_kept, 1.0, scale).unsqueeze(-1), change.unsqueeze(-1)
+    """Factors [B, H, 1] of sums that lose `faded` [H] nats and get another reference: sums * scale + sums * change."""
+    _, scale, change = decay_factors(faded)
+    is_kept = before == reference
+    scale = torch.where(is_kept, scale, torch.exp((before - reference) - faded))
+    return scale.unsqueeze(-1), torch.where(is_kept, change, 0.0).unsqueeze(-1)
 
 
 def decay_factors(decay: Tensor) -> Tensor:
-    """[2, H] for kernels that add one token: decay, and the change by it of sums that keep their scale."""
-    return torch.stack([decay, torch.expm1(-decay)])
+    """[3, H]: decay, and the factors scale and change of sums that lose it and keep their reference.
+
+    A slow decay is a small change of sums that keep their scale: that is added with compensation.
+    """
+    is_slow = decay <= SLOW_DECAY
+    scale = torch.where(is_slow, 1.0, torch.exp(-decay))
+    return torch.stack([decay, scale, torch.where(is_slow, torch.expm1(-decay), 0.0)])
 
 
 def _roll(state: LayerState, position: Tensor) -> LayerState:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops import LARGEST_KEY, REFERENCE_SLACK, SLOW_DECAY, decay_factors
+from model.ops import LARGEST_KEY, REFERENCE_SLACK, decay_factors
 from model.state import EMPTY_REFERENCE, LayerState
 
 FEATURES_PER_PROGRAM = 64
@@ -60,7 +60,6 @@ def gated_step_(
         BLOCK_D=block_d,
         SLACK=REFERENCE_SLACK,
         LOW=math.exp(-REFERENCE_SLACK),
-        SLOW=SLOW_DECAY,
         LOWEST=EMPTY_REFERENCE,
         LARGEST=LARGEST_KEY,
     )
@@ -92,7 +91,6 @@ def _step(
     BLOCK_D: tl.constexpr,  # noqa: N803
     SLACK: tl.constexpr,  # noqa: N803
     LOW: tl.constexpr,  # noqa: N803
-    SLOW: tl.constexpr,  # noqa: N803
     LOWEST: tl.constexpr,  # noqa: N803
     LARGEST: tl.constexpr,  # noqa: N803
 ):
@@ -153,16 +151,15 @@ def _step(
     faded, sunk = 0.0 * before, before
     if HAS_DECAY:  # ops._sunk
         faded = tl.load(decay + h, mask=is_key, other=0.0)
-        sinks_by = tl.where(faded > SLOW, faded, tl.where(sum_1 * tl.exp(-faded) < LOW, SLACK, 0.0))
+        sinks_by = tl.where(sum_1 * tl.exp(-faded) < LOW, SLACK * tl.ceil(faded / SLACK), 0.0)
         sunk = tl.maximum(before - sinks_by, LOWEST)
     after = tl.where(leaving_key > sunk + SLACK, leaving_key, sunk)
-    exponent = tl.where(faded > SLOW, (before - faded) - after, (before - after) - faded)
-    scale, weight = tl.exp(exponent), tl.exp(leaving_key - after)
+    scale, weight = tl.exp((before - after) - faded), tl.exp(leaving_key - after)
     change = 0.0 * before
     if HAS_DECAY:  # ops._decayed
-        is_kept = (before == after) & (faded <= SLOW)
-        scale = tl.where(is_kept, 1.0, scale)
-        change = tl.where(is_kept, tl.load(decay + n_key + h, mask=is_key, other=0.0), 0.0)
+        is_kept = before == after
+        scale = tl.where(is_kept, tl.load(decay + n_key + h, mask=is_key, other=0.0), scale)
+        change = tl.where(is_kept, tl.load(decay + 2 * n_key + h, mask=is_key, other=0.0), 0.0)
     scaled = sum_v * scale[:, None]
     added = weight[:, None] * leaving_value + sum_v * change[:, None]
     total = scaled + added

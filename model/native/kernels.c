@@ -278,13 +278,13 @@ struct row {
     const float *bias;                 /* by distance */
     i64 bias_stride;                   /* between distances: n_key, or 1 if all keys share the bias */
     const float *key, *value;
-    const float *decay, *change; /* ops.decay_factors: nats that the sums lose, their change while they keep their scale */
+    const float *decay, *scale, *change; /* ops.decay_factors */
     float *reference, *sums, *compensation, *keys, *values;
 };
 
 enum { BLOCK = 64 }; /* keys that are taken together, side by side in vectors */
 enum { SLACK = 16 }; /* REFERENCE_SLACK of ops.py; the others are called there as here */
-static const float LARGEST_KEY = 1e38f, SLOW_DECAY = 2.0f, EMPTY_REFERENCE = -3.40282347e38f, LOW = 1.12535175e-7f;
+static const float LARGEST_KEY = 1e38f, EMPTY_REFERENCE = -3.40282347e38f, LOW = 1.12535175e-7f;
 INLINE float bounded(float key) { return lowest(highest(key, -LARGEST_KEY), LARGEST_KEY); }
 
 INLINE const float *bias_of(const struct row *r, i64 h, i64 j) {
@@ -374,15 +374,12 @@ INLINE float next_reference(const struct row *r, i64 i, float leaving, float *sc
         *scale = expf_(before - reference);
         return reference;
     }
-    float decay = r->decay[i], left = r->sums[i * (r->d_key + 1) + r->d_key] * (1.0f + r->change[i]);
-    float sinks_by = decay > SLOW_DECAY ? decay : left < LOW ? SLACK : 0.0f;
+    float decay = r->decay[i], left = r->sums[i * (r->d_key + 1) + r->d_key] * (r->scale[i] + r->change[i]);
+    float sinks_by = left < LOW ? SLACK * ceilf(decay / SLACK) : 0.0f;
     float sunk = highest(before - sinks_by, EMPTY_REFERENCE);
     reference = leaving > sunk + SLACK ? leaving : sunk;
-    if (decay <= SLOW_DECAY && reference == before) {
-        *scale = 1.0f, *change = r->change[i];
-    } else {
-        *scale = expf_(decay > SLOW_DECAY ? (before - decay) - reference : (before - reference) - decay);
-    }
+    if (reference == before) *scale = r->scale[i], *change = r->change[i];
+    else *scale = expf_((before - reference) - decay);
     return reference;
 }
 
@@ -409,7 +406,7 @@ INLINE void replace_oldest(const struct row *r, i64 h, i64 n) {
 /* AFT: out [rows, H D] = sigmoid(q) * average, for in [rows, HD + H + HD] = q, k, v; the state becomes the next.
  * The rows are sequences, of one token each, or all rows are tokens of one sequence, one after the other.
  * in2: position [rows] int64; weights[0]: bias by distance, [W + 1, H or 1] for all rows, or one for each;
- * weights[1]: [2, H] decay and change of each key, if the sums decay
+ * weights[1]: [3, H] decay, scale and change of each key, if the sums decay
  * state: reference [sequences, H], sums and compensation [sequences, H, D + 1], keys [sequences, W, H],
  * values [sequences, W, H, D], scratch [threads, W, BLOCK]
  * n: H, D, W, stride of the bias between rows, between distances, whether it is one sequence
@@ -434,7 +431,8 @@ static void aft(const struct op *op, i64 rows, int thread, int n_threads) {
         };
         if (op->weights[1]) {
             r.decay = op->weights[1];
-            r.change = r.decay + n_key;
+            r.scale = r.decay + n_key;
+            r.change = r.scale + n_key;
         }
         for (i64 row = b * n_tokens; row < (b + 1) * n_tokens; row++) {
             const float *query = (const float *)op->in + row * (2 * width + n_key);

@@ -201,7 +201,7 @@ KEY_SEQUENCES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "ever growing": lambda t, random: (t * 1e-4).float(),
     "ever falling": lambda t, random: (t * -1e-2).float(),
     # A decay that was taken from a reference of this size would be rounded at each token.
-    "to and fro by 200": lambda t, random: 200.0 * torch.sin(t / 40) + torch.rand(len(t), generator=random),
+    "around 10,000": lambda t, random: 1e4 + torch.randn(len(t), generator=random),
 }
 
 
