@@ -63,7 +63,9 @@ def alone(one: Request, model: AFTForCausalLM = MODEL, index: int = 0) -> list[i
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Any schedule of arrivals, steps, cancellations, deadlines and prefix hits gives what `generate` gives alone."""
+    """Any schedule of arrivals, steps, cancellations, deadlines and prefix hits gives the tokens of each request alone:
+    greedy ones those of `generate`, others those of an engine of its own.
+    """
 
     @initialize(
         variant=st.sampled_from(VARIANTS), n_slots=st.integers(1, 5), chunk=st.integers(1, 9), cache=st.booleans()
@@ -133,8 +135,13 @@ class EngineMachine(RuleBasedStateMachine):
 
     def alone(self, one: Request, index: int) -> list[int]:
         key = one.request_id, index
-        if key not in self.expected:
+        if key not in self.expected and one.params.temperature == 0:
             self.expected[key] = alone(one, self.model, index)
+        elif key not in self.expected:
+            # Drawing at the edge of two tokens depends on the last bit, which kernels and PyTorch round differently.
+            engine = LLMEngine(self.model, WORDS, EngineConfig(max_num_seqs=one.params.n, prefix_cache_bytes=0))
+            results = run(engine, Request(one.request_id, one.prompt_ids, one.params))
+            self.expected |= {(one.request_id, i): token_ids(results[one.request_id, i]) for i in range(one.params.n)}
         return self.expected[key]
 
     @invariant()
