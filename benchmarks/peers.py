@@ -99,10 +99,7 @@ def median(call: Callable[[], object], n: int = 15) -> float:
 
 @torch.inference_mode()
 def ours(name: str, quantize: Quantization | None) -> Iterator[Result]:
-    torch.manual_seed(0)
-    model = AFTForCausalLM(SHAPES[name]).eval()
-    states = AFTState.concatenate([model.init_state(max(BATCH_SIZES))])
-    runner = make_runner(model, states, CHUNK, quantize)
+    model, states, runner = set_up(name, max(BATCH_SIZES), quantize)
     # An embedding that is not the head as well is looked up, and multiplies nothing.
     n_multiplied = model.num_parameters - (model.embedding.weight.numel() if model.head is not None else 0)
     reached = read_up_to(runner, (*CONTEXTS, LONGEST) if quantize is None else CONTEXTS[:2])
@@ -133,10 +130,7 @@ def flat(
     rounds: Annotated[int, typer.Option(help="Positions take turns.")] = 40,
 ) -> None:
     """Time of a token of one sequence at position 100,000, as a ratio to that at position 100."""
-    torch.manual_seed(0)
-    model = AFTForCausalLM(SHAPES[shape]).eval()
-    states = AFTState.concatenate([model.init_state(1)])
-    runner = make_runner(model, states, CHUNK)
+    _, states, runner = set_up(shape, 1)
     (early, _), (late, _) = read_up_to(runner, (100, LONGEST)).values()
 
     def seconds(state: AFTState) -> float:
@@ -145,6 +139,16 @@ def flat(
 
     ratios = [seconds(late) / seconds(early) for _ in range(rounds)]
     print(f"{shape}: {statistics.median(ratios):.3f}")
+
+
+def set_up(
+    name: str, n_sequences: int, quantize: Quantization | None = None
+) -> tuple[AFTForCausalLM, AFTState, Runner]:
+    """A model of random weights, and states that its runner steps."""
+    torch.manual_seed(0)
+    model = AFTForCausalLM(SHAPES[name]).eval()
+    states = AFTState.concatenate([model.init_state(n_sequences)])
+    return model, states, make_runner(model, states, CHUNK, quantize)
 
 
 def read_up_to(runner: Runner, contexts: Sequence[int]) -> dict[int, tuple[AFTState, float]]:

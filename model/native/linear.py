@@ -117,7 +117,8 @@ def pack(model: AFTForCausalLM, kernels: Library, *, int8: bool = False) -> AFTF
         packed.head = PackedLinear(embedding, None, kernels, int8=int8, memory=memory)
     if embedding.dtype == torch.bfloat16:
         packed.embedding = WidenedEmbedding(*embedding.shape, _weight=embedding)  # type: ignore[misc]
-    for name, parameter in packed.named_parameters():  # what is left is small, but for an embedding in float16
-        if name != "embedding.weight" or embedding.dtype != torch.bfloat16:
-            parameter.data = parameter.data.float()
+    for module in packed.modules():  # what is left is small, but for an embedding in float16
+        if not isinstance(module, WidenedEmbedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
     return packed

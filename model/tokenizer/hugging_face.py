@@ -34,11 +34,11 @@ class HuggingFaceTokenizer(Tokenizer):
             raise TokenizationError(f"The tokenizer has no token {END_OF_TEXT}.")
         self.end_of_text_id: int = end
         self._tokenizer.add_special_tokens([END_OF_TEXT])  # some files have it as a word like others
-        missing = _BYTE_OF_CHARACTER.keys() - self._tokenizer.get_vocab().keys()
-        if missing:
+        vocabulary = self._tokenizer.get_vocab()
+        if missing := _BYTE_OF_CHARACTER.keys() - vocabulary.keys():
             raise TokenizationError(f"The tokenizer has no token for {len(missing)} of the 256 bytes.")
         added = self._tokenizer.get_added_tokens_decoder()
-        by_id = {token_id: token for token, token_id in self._tokenizer.get_vocab().items()}
+        by_id = {token_id: token for token, token_id in vocabulary.items()}
         self.token_bytes = [b""] * (max(by_id) + 1)
         for token_id, token in by_id.items():
             if token_id not in added:

@@ -28,7 +28,11 @@ class TokenProcessor:
         What goes wrong with one sequence becomes the error of its output, and touches no other.
         """
         normalizers = logits.logsumexp(-1)  # NaN or infinite where a logit is NaN or infinity, or all are -infinity
-        errors = {row: _not_finite() for row, total in enumerate(normalizers.tolist()) if not math.isfinite(total)}
+        errors: dict[int, ServerError] = {
+            row: GenerationError("The model's logits are not finite.")
+            for row, total in enumerate(normalizers.tolist())
+            if not math.isfinite(total)
+        }
         allowed = self._allowed(sequences, logits, errors)
         good = [row for row in range(len(sequences)) if row not in errors]
         chosen = sample(allowed if not errors else allowed[good], [sequences[row].sampler for row in good])
@@ -97,10 +101,6 @@ class TokenProcessor:
             reason = FinishReason.LENGTH
         text += detokenizer.finish() if reason else ""
         return text, not token_bytes and not text, reason
-
-
-def _not_finite() -> ServerError:
-    return GenerationError("The model's logits are not finite.")
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Rows[int], n_top: int) -> list[PromptLogprob]:
