@@ -1,0 +1,45 @@
+"""A call of a compiled kernel, written down: what families and the native backend both know of C."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+from torch import Tensor
+
+Field = tuple[str, type[ctypes.c_int64] | type[ctypes.c_double] | type[ctypes.c_void_p]]
+
+
+def whole(*names: str) -> list[Field]:
+    """Fields of the C type int64_t; also of truth values."""
+    return [(name, ctypes.c_int64) for name in names]
+
+
+def real(*names: str) -> list[Field]:
+    """Fields of the C type double."""
+    return [(name, ctypes.c_double) for name in names]
+
+
+def pointers(*names: str) -> list[Field]:
+    """Fields that point at a tensor's first element, or at nothing."""
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+class Kernel(ctypes.Structure):
+    """The arguments of one call of the C function `function`, by the names of its structure in C.
+
+    A subclass has that function's name and its `_fields_`, in the order of the C structure. A tensor stands for the
+    address of its first element, None for none; what the tensors must look like is said in C, beside the structure.
+    Tensors are kept as long as the call is.
+    """
+
+    function: ClassVar[str]
+
+    def __init__(self, **fields: int | float | Tensor | None) -> None:
+        """All fields, by name."""
+        expected = {field[0] for field in self._fields_}
+        if fields.keys() != expected:
+            raise TypeError(f"{self.function} takes {sorted(expected)}, not {sorted(fields)}.")
+        self.tensors = tuple(value for value in fields.values() if isinstance(value, Tensor))
+        given = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in fields.items()}
+        super().__init__(**given)
