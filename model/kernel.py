@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -43,3 +44,39 @@ class Kernel(ctypes.Structure):
         self.tensors = tuple(value for value in fields.values() if isinstance(value, Tensor))
         given = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in fields.items()}
         super().__init__(**given)
+
+
+class Rows:
+    """Memory that kernels fill: rows [n_rows, width] of tokens, or any other shape.
+
+    `release` is called, with the whole of the memory, when the last reference to it and to its parts is gone: a
+    description that lets go of what it needs no more makes room for what comes.
+    """
+
+    def __init__(self, tensor: Tensor, release: Callable[[Tensor], None] | None = None, of: Rows | None = None) -> None:
+        self.tensor, self._release, self._of = tensor, release, of
+
+    def part(self, tensor: Tensor) -> Rows:
+        """A view of this memory, which keeps it."""
+        return Rows(tensor, of=self)
+
+    def __del__(self) -> None:
+        if self._release:
+            self._release(self.tensor)
+
+
+class Program(Protocol):
+    """A list of kernels in the making, for at most n_rows tokens: one of each of a batch of sequences, or, if it is for
+    one_sequence, successive ones. positions [n_rows] int64, of the tokens.
+    """
+
+    n_rows: int
+    n_threads: int
+    one_sequence: bool
+    positions: Tensor
+
+    def memory(self, *shape: int) -> Rows:
+        """Room for what a kernel computes, float32."""
+
+    def add(self, kernel: Kernel) -> None:
+        """The next kernel to be run."""

@@ -21,7 +21,7 @@ from model.training.data import PackedBatches, Source, encode_documents, read_do
 from model.training.evaluate import bits_per_character
 from model.training.progress import ProgressReport, plot_history
 from model.training.trainer import Record, Trainer, init_processes, process_rank, write_history
-from model.transformer import AFTForCausalLM
+from model.language_model import LanguageModel
 
 LOSS_CURVE_FILE, HISTORY_FILE = "loss.png", "training_log.jsonl"
 
@@ -154,7 +154,7 @@ def prepare_tokenizer(
     return SentencePieceTokenizer.train(one_pass(), vocab_size)
 
 
-def check_lengths(documents: list[str], tokenizer: Tokenizer, model: AFTForCausalLM) -> None:
+def check_lengths(documents: list[str], tokenizer: Tokenizer, model: LanguageModel) -> None:
     """Before hours of training rather than after: can the model read what it will be validated on?"""
     limit = model.config.context_limit
     if limit is None:

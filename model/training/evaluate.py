@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.tokenizer import Tokenizer
-from model.transformer import AFTForCausalLM
+from model.language_model import LanguageModel
 
 CHUNK = 512
 
 
 @torch.inference_mode()
 def bits_per_character(
-    model: AFTForCausalLM, tokenizer: Tokenizer, documents: Sequence[str], *, batch_size: int = 16
+    model: LanguageModel, tokenizer: Tokenizer, documents: Sequence[str], *, batch_size: int = 16
 ) -> float:
     """Bits that the model needs for the text of `documents`, each read alone from its start, per character.
 
@@ -35,7 +35,7 @@ def bits_per_character(
     return nats / math.log(2) / sum(map(len, documents))
 
 
-def _text_nats(model: AFTForCausalLM, tokens: Tensor) -> float:
+def _text_nats(model: LanguageModel, tokens: Tensor) -> float:
     """Total nats of tokens [B, T + 1], in chunks: the logits of a long text would not fit into memory."""
     nats, state = 0.0, None
     for start in range(0, tokens.shape[1] - 1, CHUNK):

@@ -13,6 +13,7 @@ from typing import Literal
 from model.sampling import Sampler, SamplingParams
 from server.engine.conversation import Conversation
 from server.engine.detokenizer import Detokenizer
+from server.engine.snapshot import KeyHash, Snapshot
 from server.engine.structured_output import Matcher
 from server.errors import ServerError
 
@@ -95,6 +96,8 @@ class Request:
     matcher      compiled from params.grammar; each text goes on from a copy
     arrived_at, admitted_at  time.monotonic() at which it was made, and got its slots
 
+    read_state, read_key     the state after them, while the prompt is being read, and what names it
+
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
     """
 
@@ -112,6 +115,8 @@ class Request:
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, init=False)
+    read_state: Snapshot | None = field(default=None, init=False)
+    read_key: KeyHash = field(init=False)
 
     @cached_property
     def prompt_array(self) -> array[int]:

@@ -23,7 +23,7 @@ from model.native.linear import _pages
 from model.runner import CUDAGraphRunner, TorchRunner, make_runner
 from model.state import AFTState
 from tests.conftest import VARIANTS, random_model, tiny_config
-from tests.model.test_transformer import assert_states_close, token_ids
+from tests.model.test_language_model import assert_states_close, token_ids
 
 N_SLOTS = 3
 

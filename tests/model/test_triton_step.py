@@ -14,7 +14,7 @@ from model.layers import AFTAttention
 from model.rwkv4 import TimeMix
 from model.state import AFTState
 from tests.conftest import VARIANTS, random_model, tiny_config
-from tests.model.test_transformer import assert_states_close, token_ids
+from tests.model.test_language_model import assert_states_close, token_ids
 
 pytest.importorskip("triton")
 

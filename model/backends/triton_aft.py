@@ -1,52 +1,43 @@
-"""The recurrence of one token as one Triton kernel: what `ops.step_` and the gate do, in place, for GPUs.
+"""AFT's recurrence of one token as one Triton kernel: what `AFT.step_` does, in place, for GPUs.
 
-Shapes as in ops.py: B sequences, H keys per token, D features per key, W = window - 1.
+Shapes as in recurrences/aft.py: B sequences, H keys per token, D features per key, W = window - 1.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops import LARGEST_KEY, REFERENCE_SLACK, decay_factors
-from model.state import EMPTY_REFERENCE, LayerState
+from model.recurrences.aft import AFT, decay_factors, state_of
+from model.recurrences.limits import EMPTY_REFERENCE, LARGEST_KEY, LOW_SUM, REFERENCE_SLACK
 
 FEATURES_PER_PROGRAM = 64
 
 
-def gated_step_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    position: Tensor,
-    state: LayerState,
-    decay: Tensor | None = None,
-) -> Tensor:
-    """sigmoid(q) AFT(k, v) [B, C] in float32; the state becomes that after the token.
-
-    query [B, C], key [B, H], value [B, H, D], bias by distance [B or 1, W+1, H or 1], position [B], decay [H]; the
-    state's tensors are contiguous.
-    """
-    batch_size, n_window, n_key, d_key = state.values.shape
-    query, key, value = (part.float().contiguous() for part in (query, key, value))
-    bias = bias.contiguous()
-    output = torch.empty(batch_size, n_key * d_key, device=query.device)
+def step_(recurrence: AFT, rows: Sequence[Tensor], layer: Any, position: Tensor) -> Tensor:
+    """As `AFT.step_`; the layer's tensors are contiguous."""
+    query, key, value = (row.float().contiguous() for row in rows)
+    bias, decay = recurrence.by_distance(position).contiguous(), recurrence.decay
+    running, window = state_of(layer)
+    batch_size, n_key = key.shape
+    d_key, n_window = value.shape[1] // n_key, 0 if window is None else window.keys.shape[1]
+    output = torch.empty_like(value)
     block_d = triton.next_power_of_2(d_key)
     block_h = max(1, FEATURES_PER_PROGRAM // block_d) if d_key == 1 else 1
-    *of_sums_and_window, _ = state.tensors()
     _step[(batch_size, triton.cdiv(n_key, block_h))](
         query,
         key,
         value,
         bias,
         position,
-        *of_sums_and_window,
+        *running,
+        *(window or running[:2]),  # not looked at without a window
         bias if decay is None else decay_factors(decay),
         output,
         n_key,
@@ -59,11 +50,11 @@ def gated_step_(
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         SLACK=REFERENCE_SLACK,
-        LOW=math.exp(-REFERENCE_SLACK),
+        LOW=LOW_SUM,
         LOWEST=EMPTY_REFERENCE,
         LARGEST=LARGEST_KEY,
     )
-    return output
+    return output.to(rows[0].dtype)
 
 
 @triton.jit
@@ -141,7 +132,7 @@ def _step(
     average = numerator / denominator[:, None]
     tl.store(output + row * width + feature, average / (1.0 + tl.exp(-query)), mask=is_value)
 
-    # The token takes the slot of the one that leaves the window, which goes into the running sums (ops.absorb).
+    # The token takes the slot of the one that leaves the window, which goes into the running sums (absorb).
     leaving_key, leaving_value = key, value
     if HAS_WINDOW:
         leaving_key = tl.load(ring_keys + slot * n_key, mask=is_key, other=0.0)
@@ -149,14 +140,14 @@ def _step(
         tl.store(ring_keys + slot * n_key, key, mask=is_key)
         tl.store(ring_values + slot * width, value, mask=is_value)
     faded, sunk = 0.0 * before, before
-    if HAS_DECAY:  # ops._sunk
+    if HAS_DECAY:  # _sunk
         faded = tl.load(decay + h, mask=is_key, other=0.0)
         sinks_by = tl.where(sum_1 * tl.exp(-faded) < LOW, SLACK * tl.ceil(faded / SLACK), 0.0)
         sunk = tl.maximum(before - sinks_by, LOWEST)
     after = tl.where(leaving_key > sunk + SLACK, leaving_key, sunk)
     scale, weight = tl.exp((before - after) - faded), tl.exp(leaving_key - after)
     change = 0.0 * before
-    if HAS_DECAY:  # ops._decayed
+    if HAS_DECAY:  # _decayed
         is_kept = before == after
         scale = tl.where(is_kept, tl.load(decay + n_key + h, mask=is_key, other=0.0), scale)
         change = tl.where(is_kept, tl.load(decay + 2 * n_key + h, mask=is_key, other=0.0), 0.0)

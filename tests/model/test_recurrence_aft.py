@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -13,21 +14,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import ops
-from model.config import AFTConfig, Variant
-from model.layers import ConvBias, DecayBias, FactorisedBias, PositionBias, position_bias
-from model.native import library, operations
-from model.native.library import Operation
-from model.state import LayerState
-from tests.conftest import VARIANTS
+from model.backends.native.compiler import library
+from model.families.aft import AFTConfig, ConvBias, FactorisedBias, position_bias
+from model.families.rwkv4 import DecayBias
+from model.kernel import Kernel, Rows
+from model.recurrences import aft
+from model.recurrences.aft import AFT, Sums, Window
+from tests.conftest import VARIANTS, Variant
 from tests.reference import aft_reference, reference_bias
+
+
+Held = tuple[Sums, Window | None]
+
+
+class FlatLayer(NamedTuple):
+    reference: Tensor
+    sums: Tensor
+    compensation: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Calls:
+    """A program for one sequence, run by one thread."""
+
+    n_threads, one_sequence = 1, True
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows, self.positions = n_rows, torch.arange(n_rows)
+        self.calls: list[Kernel] = []
+
+    def memory(self, *shape: int) -> Rows:
+        return Rows(torch.zeros(shape))
+
+    def add(self, kernel: Kernel) -> None:
+        self.calls.append(kernel)
 
 
 @dataclass
 class Case:
     """One sequence for one layer; keys [1, T, H], values [1, T, H, D]."""
 
-    bias: PositionBias
+    bias: AFT
     keys: Tensor
     values: Tensor
 
@@ -39,15 +67,23 @@ class Case:
         w: Tensor = self.bias(n_queries, n_keys, torch.tensor([position]))
         return w
 
-    def forward(
-        self, state: LayerState | None = None, start: int = 0, end: int | None = None
-    ) -> tuple[Tensor, LayerState]:
+    def empty(self) -> Held:
+        _, _, n_key, d_key = self.values.shape
+        device = torch.device("cpu")
+        window = Window.empty(1, n_key, d_key, self.n_window, device) if self.n_window else None
+        return Sums.empty(1, n_key, d_key, device), window
+
+    def forward(self, state: Held | None = None, start: int = 0, end: int | None = None) -> tuple[Tensor, Held]:
+        """From the start without a state."""
+
         def bias(n_queries: int, n_keys: int, offset: int) -> Tensor:
             return self.w(n_queries, n_keys, start + offset)
 
         position = torch.tensor([start])
         keys, values = self.keys[:, start:end], self.values[:, start:end]
-        return ops.forward(keys, values, bias, self.n_window, position, state, self.bias.decay)
+        running, window = state or (self.empty()[0], None)
+        y, *after = aft.forward(keys, values, bias, self.n_window, position, running, window, self.bias.decay)
+        return y, (after[0], after[1] if self.n_window else None)
 
     def chunks(self, cuts: list[int]) -> Tensor:
         outputs, state = [], None
@@ -59,41 +95,44 @@ class Case:
     @torch.no_grad()
     def steps(self, start: int = 0) -> Tensor:
         """Unrolled steps for the tokens from `start`; those before it are read by one forward."""
-        _, n_tokens, n_key, d_key = self.values.shape
-        state = LayerState.empty(1, n_key, d_key, self.n_window, torch.device("cpu"))
-        if start:
-            _, state = self.forward(None, 0, start)
+        state = self.forward(None, 0, start)[1] if start else self.empty()
         outputs = []
-        for t in range(start, n_tokens):
+        for t in range(start, self.values.shape[1]):
             position = torch.tensor([t])
             bias = self.bias.by_distance(position)
-            outputs.append(ops.step_(self.keys[:, t], self.values[:, t], bias, position, state, self.bias.decay))
+            outputs.append(aft.step_(self.keys[:, t], self.values[:, t], bias, position, *state, self.bias.decay))
         return torch.stack(outputs, 1)
 
     @torch.no_grad()
     def native(self) -> Tensor:
-        """All tokens through the compiled kernel, as one sequence; the gate is open."""
-        _, n_tokens, n_key, d_key = self.values.shape
-        gate = torch.full((n_tokens, n_key * d_key), 40.0)
+        """All tokens through the compiled kernels, as one sequence; the gate is open."""
+        n_tokens, width = self.values.shape[1], self.values.shape[2] * self.values.shape[3]
+        gate = torch.full((n_tokens, width), 40.0)
         qkv = torch.cat([gate, self.keys[0], self.values[0].flatten(1)], 1).detach()
-        state = LayerState.empty(1, n_key, d_key, self.n_window, torch.device("cpu"))
-        positions, output = torch.arange(n_tokens), torch.zeros_like(gate)
-        bias = self.bias.by_distance(positions).contiguous()
-        scratch = torch.zeros(1, max(1, self.n_window), operations.BLOCK)
-        kernel = operations.aft(qkv, positions, bias, state, scratch, output, decay=self.bias.decay, one_sequence=True)
+        running, window = self.empty()
+        layer = FlatLayer(*running, *(window or (torch.zeros(1, 0, 1),) * 2))
+        program = Calls(n_tokens)
+        out = self.bias.write([Rows(row) for row in qkv.split([width, self.keys.shape[2], width], 1)], layer, program)
         kernels = library()
         assert kernels is not None
-        kernels.run((Operation * 1)(kernel), n_tokens, 1)
-        return output.view_as(self.values)
+        kernels.program(program.calls).run(n_tokens, 1)
+        return out.tensor.view_as(self.values)
 
     def reference(self) -> Tensor:
         return aft_reference(self.keys[0], self.values[0], reference_bias(self.bias)).unsqueeze(0)
 
 
-def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
-    """A bias module whose values spread over about -w_scale .. w_scale."""
+def shape(variant: Variant, **fields: int) -> tuple[AFT, int]:
+    """The recurrence of a variant, and how many keys a token has."""
+    if variant == "rwkv4":
+        return DecayBias(fields["d_model"]), fields["d_model"]
+    config = AFTConfig.from_dict({"variant": variant, "vocab_size": 1, "n_layer": 1, **fields})
+    return position_bias(config), config.n_key
+
+
+def spread_out(bias: AFT, w_scale: float, seed: int) -> AFT:
+    """With values that spread over about -w_scale .. w_scale."""
     random = torch.Generator().manual_seed(seed)
-    bias = position_bias(config)
     if isinstance(bias, ConvBias):
         # Spread out: the gradient of values that are nearly equal is large, and so is its rounding.
         spread = torch.linspace(-1.5, 1.5, bias.window)
@@ -102,7 +141,7 @@ def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
         bias.gamma.data.uniform_(-w_scale / 2, w_scale / 2, generator=random)
         bias.beta.data.uniform_(-w_scale / 2, w_scale / 2, generator=random)
     elif isinstance(bias, FactorisedBias):
-        side = (w_scale / config.d_bias) ** 0.5
+        side = (w_scale / bias.query.shape[1]) ** 0.5
         bias.query.data.uniform_(-side, side, generator=random)
         bias.key.data.uniform_(-side, side, generator=random)
     elif isinstance(bias, DecayBias):
@@ -115,11 +154,9 @@ def make_bias(config: AFTConfig, w_scale: float, seed: int) -> PositionBias:
 def cases(draw: st.DrawFn, variant: Variant, w_scale: float, jump: float) -> Case:
     n_tokens = draw(st.integers(1, 24), "tokens")
     n_head, d_key = draw(st.integers(1, 3), "heads"), draw(st.sampled_from([1, 2, 3, 20]), "features per head")
-    config = AFTConfig(
-        variant=variant,
-        vocab_size=1,
+    bias, n_key = shape(
+        variant,
         d_model=n_head * d_key,
-        n_layer=1,
         n_head=n_head,
         window=draw(st.integers(1, 26), "window"),
         d_bias=draw(st.integers(1, 4), "d_bias"),
@@ -127,12 +164,11 @@ def cases(draw: st.DrawFn, variant: Variant, w_scale: float, jump: float) -> Cas
     )
     seed = draw(st.integers(0, 2**31), "seed")
     random = torch.Generator().manual_seed(seed)
-    n_key = config.n_key
     keys = torch.randn(1, n_tokens, n_key, generator=random)
     if jump:
         keys += jump * torch.randint(-1, 2, keys.shape, generator=random)
-    values = torch.randn(1, n_tokens, n_key, config.d_model // n_key, generator=random)
-    return Case(make_bias(config, w_scale, seed), keys, values)
+    values = torch.randn(1, n_tokens, n_key, n_head * d_key // n_key, generator=random)
+    return Case(spread_out(bias, w_scale, seed), keys, values)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -151,7 +187,7 @@ def exact(variant: Variant, w_scale: float, jump: float) -> Callable[[], None]:
         n_tokens = case.keys.shape[1]
         cuts = data.draw(st.lists(st.integers(1, max(1, n_tokens - 1)), unique=True, max_size=5).map(sorted), "cuts")
         cuts = [cut for cut in cuts if cut < n_tokens]
-        with mock.patch.multiple(ops, BLOCK=block, DECAY_BLOCK=block):
+        with mock.patch.multiple(aft, BLOCK=block, DECAY_BLOCK=block):
             expected = case.reference().detach()
             assert relative_error(case.forward()[0], expected) < 1e-5
             assert relative_error(case.chunks(cuts), expected) < 1e-5
@@ -213,10 +249,8 @@ def test_no_drift_over_20000_steps(variant: Variant) -> None:
     """
     decays = [1e-7, 1e-4, 0.3, 0.55, 1.3, 2.1, 30.0] if variant == "rwkv4" else [0.0]
     n_key = len(KEY_SEQUENCES) * len(decays)
-    config = AFTConfig(
-        variant=variant, vocab_size=1, d_model=n_key, n_layer=1, n_head=n_key, window=8, d_bias=2, max_positions=LONG
-    )
-    bias = make_bias(config, 50.0 if variant == "conv" else 3.0, seed=1).requires_grad_(False)
+    bias, _ = shape(variant, d_model=n_key, n_head=n_key, window=8, d_bias=2, max_positions=LONG)
+    spread_out(bias, 50.0 if variant == "conv" else 3.0, seed=1).requires_grad_(False)
     if isinstance(bias, DecayBias):
         bias.time_decay.copy_(torch.tensor(decays).log().repeat_interleave(len(KEY_SEQUENCES)))
     random = torch.Generator().manual_seed(0)
@@ -238,7 +272,7 @@ def test_no_drift_over_20000_steps(variant: Variant) -> None:
             assert relative_error(steps[0, row - start], expected) < 1e-5
 
 
-def expected_row(bias: PositionBias, keys: Tensor, values: Tensor, row: int) -> Tensor:
+def expected_row(bias: AFT, keys: Tensor, values: Tensor, row: int) -> Tensor:
     """One row of the formula in float64; the sum over t' as a vector, for 20,000 terms are too many for a loop."""
     w = reference_bias(bias)
     first = max(0, row - min(bias.window, 8) + 1)
@@ -260,13 +294,11 @@ def expected_row(bias: PositionBias, keys: Tensor, values: Tensor, row: int) -> 
 @pytest.mark.parametrize("scale", [1e-38, 1e6, 3e38])
 def test_any_finite_key_gives_finite_averages(variant: Variant, scale: float) -> None:
     """Keys up to the ends of float32. The average stays within the values it averages."""
-    config = AFTConfig(
-        variant=variant, vocab_size=1, d_model=4, n_layer=1, n_head=2, window=3, d_bias=2, max_positions=99
-    )
+    bias, n_key = shape(variant, d_model=4, n_head=2, window=3, d_bias=2, max_positions=99)
     random = torch.Generator().manual_seed(0)
-    keys = scale * (2 * torch.rand(1, 99, config.n_key, generator=random) - 1)
-    values = torch.rand(1, 99, config.n_key, 4 // config.n_key, generator=random)
-    case = Case(make_bias(config, 1.0, seed=0), keys, values)
+    keys = scale * (2 * torch.rand(1, 99, n_key, generator=random) - 1)
+    values = torch.rand(1, 99, n_key, 4 // n_key, generator=random)
+    case = Case(spread_out(bias, 1.0, seed=0), keys, values)
     for y in (case.forward()[0], case.chunks([1, 40]), case.steps(), case.native()):
         assert torch.isfinite(y).all()
         assert y.min() >= values.min() - 1e-5
@@ -277,9 +309,7 @@ def test_any_finite_key_gives_finite_averages(variant: Variant, scale: float) ->
 def test_the_direct_form_stands_in_only_where_it_must(jump: float) -> None:
     """The factorised form must answer ordinary keys, or the parallel form of three variants would be slow."""
     keys = torch.randn(1, 64, 4) + jump * (torch.arange(64) > 32).view(1, 64, 1)
-    case = Case(
-        position_bias(AFTConfig(variant="simple", vocab_size=1, d_model=4, n_layer=1)), keys, torch.randn(1, 64, 4, 1)
-    )
-    with mock.patch.object(ops, "average_direct", wraps=ops.average_direct) as direct:
+    case = Case(shape("simple", d_model=4)[0], keys, torch.randn(1, 64, 4, 1))
+    with mock.patch.object(aft, "average_direct", wraps=aft.average_direct) as direct:
         case.forward()
     assert direct.called == (jump > 0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,18 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import AFTForCausalLM, AFTState
-from model.config import Variant
+from model import LanguageModel, State
 from model.errors import ContextLengthError
-from model.state import LayerState
-from tests.conftest import VARIANTS, random_model, tiny_config
+from model.families import family_of
+from tests.conftest import VARIANTS, Variant, random_model, tiny_config
+
+
+# RWKV-4 has no position embeddings.
+WITH_AND_WITHOUT_POSITIONS = [(v, p) for v in VARIANTS for p in (False, True) if not (p and v == "rwkv4")]
 
 
 def token_ids(batch_size: int, n_tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(400, (batch_size, n_tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def unrolled(model: AFTForCausalLM, tokens: Tensor, state: AFTState) -> tuple[Tensor, AFTState]:
+def unrolled(model: LanguageModel, tokens: Tensor, state: State) -> tuple[Tensor, State]:
     outputs = []
     for t in range(tokens.shape[1]):
         logits, state = model.step(tokens[:, t], state)
@@ -27,7 +31,7 @@ def unrolled(model: AFTForCausalLM, tokens: Tensor, state: AFTState) -> tuple[Te
     return torch.stack(outputs, 1), state
 
 
-def assert_states_close(actual: AFTState, expected: AFTState) -> None:
+def assert_states_close(actual: State, expected: State) -> None:
     """Equal as functions of what follows: the reference of the sums is free, only sums * exp(reference) counts."""
     assert torch.equal(actual.position, expected.position)
     for a_layer, e_layer in zip(actual.layers, expected.layers, strict=True):
@@ -35,18 +39,17 @@ def assert_states_close(actual: AFTState, expected: AFTState) -> None:
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
-def meaning(layer: LayerState) -> tuple[Tensor, ...]:
-    """The average over tokens outside the window, the log of its denominator, and the window."""
-    sums = layer.running.sums + layer.running.compensation
-    numerator, denominator = sums[..., :-1], sums[..., -1]
+def meaning(layer: Any) -> tuple[Tensor, ...]:
+    """The average over tokens outside the window, the log of its denominator, and what else there is."""
+    reference, sums, compensation, *others = layer
+    numerator, denominator = (sums + compensation)[..., :-1], (sums + compensation)[..., -1]
     average = numerator / denominator.clamp(min=1e-30).unsqueeze(-1)
-    return average, layer.running.reference + denominator.log(), layer.keys, layer.values
+    return average, reference + denominator.log(), *others
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("position_embeddings", [False, True])
+@pytest.mark.parametrize(("variant", "position_embeddings"), WITH_AND_WITHOUT_POSITIONS)
 def test_forward_chunks_and_steps_agree(variant: Variant, position_embeddings: bool) -> None:
-    model = random_model(tiny_config(variant, position_embeddings=position_embeddings))
+    model = random_model(tiny_config(variant, **({"position_embeddings": True} if position_embeddings else {})))
     tokens = token_ids(3, 150)
     whole, state = model(tokens)
 
@@ -70,7 +73,8 @@ def test_forward_chunks_and_steps_agree(variant: Variant, position_embeddings: b
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_part_of_a_model_learns(variant: Variant) -> None:
     """Each parameter gets a gradient, the position biases included."""
-    model = random_model(tiny_config(variant, position_embeddings=True)).requires_grad_(True)
+    has_positions = {} if variant == "rwkv4" else {"position_embeddings": True}
+    model = random_model(tiny_config(variant, **has_positions)).requires_grad_(True)
     model(token_ids(2, 256))[0].logsumexp(-1).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -83,7 +87,7 @@ def test_a_batch_mixes_sequences_of_different_lengths(variant: Variant) -> None:
     model = random_model(tiny_config(variant))
     prompts = [token_ids(1, n, seed=n) for n in (1, 5, 40, 130)]
     states = [model.prefill(prompt)[1] for prompt in prompts]
-    together = AFTState.concatenate(states)
+    together = State.concatenate(states)
     next_ids = token_ids(1, 4, seed=9)[0]
     batched, after = model.step(next_ids, together)
     for i, state in enumerate(states):
@@ -124,7 +128,7 @@ def test_state_is_float32_whatever_the_weights_are() -> None:
     logits, state = model(token_ids(2, 70))
     stepped, state = model.step(token_ids(1, 2)[0], state)
     assert logits.dtype is stepped.dtype is torch.float32
-    assert {tensor.dtype for layer in state.layers for tensor in layer.tensors()} == {torch.float32}
+    assert {tensor.dtype for layer in state.layers for tensor in layer} == {torch.float32}
 
 
 @pytest.mark.parametrize("changes", [{"variant": "local"}, {"variant": "full"}, {"position_embeddings": True}])
@@ -147,7 +151,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 def test_a_new_model_predicts_almost_uniformly() -> None:
     torch.manual_seed(0)
-    model = AFTForCausalLM(tiny_config(d_model=64))
+    model = family_of(config := tiny_config(d_model=64))(config)
     tokens = token_ids(4, 101)
     logits = model(tokens[:, :-1])[0].detach()
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
