@@ -16,7 +16,6 @@ queries are the last Q of the K tokens), W = window - 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,17 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.state import EMPTY_KEY, EMPTY_REFERENCE, LayerState, RunningSums
+from model.recurrences.limits import EMPTY_REFERENCE, LARGEST_KEY, LOW_SUM, REFERENCE_SLACK
+from model.state import EMPTY_KEY, LayerState, RunningSums
 
 BLOCK = 64  # tokens per block of the parallel form: its work per token grows with BLOCK + window
 DECAY_BLOCK = 32  # the same where sums decay, which costs an exponential for every pair and key
-REFERENCE_SLACK = 16.0  # nats by which a key may exceed the reference of the running sums before that moves
 SLOW_DECAY = 0.5  # nats; below, sums last so long that exp(-decay), rounded, would be the factor of another decay
 LARGEST_DECAY = 1e28  # nats per token; more cannot matter, and would overflow
 SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
 DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one
-
-LARGEST_KEY = 1e38  # so that no difference of two keys overflows
 
 BiasFunction = Callable[[int, int, int], Tensor]  # (n_queries, n_keys, tokens of this call before the first query)
 
@@ -226,7 +223,7 @@ def _sunk(running: RunningSums, faded: Tensor) -> Tensor:
     It sinks by multiples of the slack, which no reference is rounded by. If it sank with the sums, each token would
     round the decay to the digits that the reference has left.
     """
-    is_low = running.sums[..., -1] * torch.exp(-faded) < math.exp(-REFERENCE_SLACK)
+    is_low = running.sums[..., -1] * torch.exp(-faded) < LOW_SUM
     sinks_by = torch.where(is_low, REFERENCE_SLACK * torch.ceil(faded / REFERENCE_SLACK), 0.0)
     return (running.reference - sinks_by).clamp(min=EMPTY_REFERENCE)
 

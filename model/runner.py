@@ -8,12 +8,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from model.backends.native.compiler import library
+from model.backends.native.matrices import FORMATS
+from model.backends.native.runner import NativeRunner
 from model.errors import ConfigError
-from model.native import NativeRunner, library
 from model.state import AFTState
 from model.transformer import AFTForCausalLM
 
-Quantization = Literal["int8"]
+Quantization = Literal["float32", "bfloat16", "int8"]  # the names of FORMATS
 
 
 class Runner(Protocol):
@@ -85,10 +87,13 @@ class CUDAGraphRunner(TorchRunner):
 def make_runner(
     model: AFTForCausalLM, states: AFTState, chunk_size: int, quantize: Quantization | None = None
 ) -> Runner:
-    """states: of all slots, stepped in place. Raises ConfigError if the model cannot be quantised here."""
+    """states: of all slots, stepped in place; quantize: the format of matrices, None for what loses nothing.
+
+    Raises ConfigError if the model cannot be quantised here.
+    """
     kernels = library() if NativeRunner.supports(model) else None
     if kernels:
-        return NativeRunner(model, states, chunk_size, kernels, int8=quantize == "int8")
+        return NativeRunner(model, states, chunk_size, kernels, FORMATS[quantize] if quantize else None)
     if quantize:
         raise ConfigError("quantize needs the compiled kernels: a CPU, and a C compiler such as gcc or clang.")
     return CUDAGraphRunner(model, states) if model.device.type == "cuda" else TorchRunner(model, states)

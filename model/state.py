@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from model.recurrences.limits import EMPTY_REFERENCE
+
 EMPTY_KEY = float("-inf")  # exp(EMPTY_KEY + bias) is 0: a slot of the window that no token has filled yet
-EMPTY_REFERENCE = torch.finfo(torch.float32).min  # finite, so that no difference of references is NaN
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ Shapes as in ops.py: B sequences, H keys per token, D features per key, W = wind
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops import LARGEST_KEY, REFERENCE_SLACK, decay_factors
-from model.state import EMPTY_REFERENCE, LayerState
+from model.ops import decay_factors
+from model.recurrences.limits import EMPTY_REFERENCE, LARGEST_KEY, LOW_SUM, REFERENCE_SLACK
+from model.state import LayerState
 
 FEATURES_PER_PROGRAM = 64
 
@@ -59,7 +58,7 @@ def gated_step_(
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         SLACK=REFERENCE_SLACK,
-        LOW=math.exp(-REFERENCE_SLACK),
+        LOW=LOW_SUM,
         LOWEST=EMPTY_REFERENCE,
         LARGEST=LARGEST_KEY,
     )

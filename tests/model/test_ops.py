@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import ops
+from model.backends.native.compiler import library
 from model.config import AFTConfig, Variant
 from model.layers import ConvBias, DecayBias, FactorisedBias, PositionBias, position_bias
-from model.native import library, operations
-from model.native.library import Operation
+from model.recurrences.aft_calls import AFTCall
+from model.recurrences.limits import KEY_BLOCK
 from model.state import LayerState
 from tests.conftest import VARIANTS
 from tests.reference import aft_reference, reference_bias
@@ -76,14 +77,29 @@ class Case:
         _, n_tokens, n_key, d_key = self.values.shape
         gate = torch.full((n_tokens, n_key * d_key), 40.0)
         qkv = torch.cat([gate, self.keys[0], self.values[0].flatten(1)], 1).detach()
+        query, key, value = torch.split(qkv, [n_key * d_key, n_key, n_key * d_key], 1)
         state = LayerState.empty(1, n_key, d_key, self.n_window, torch.device("cpu"))
-        positions, output = torch.arange(n_tokens), torch.zeros_like(gate)
-        bias = self.bias.by_distance(positions).contiguous()
-        scratch = torch.zeros(1, max(1, self.n_window), operations.BLOCK)
-        kernel = operations.aft(qkv, positions, bias, state, scratch, output, decay=self.bias.decay, one_sequence=True)
+        positions, output, decay = torch.arange(n_tokens), torch.zeros_like(gate), self.bias.decay
+        has_window = self.n_window > 0
+        call = AFTCall(
+            query,
+            key,
+            value,
+            positions,
+            self.bias.by_distance(positions).contiguous(),
+            None if decay is None else ops.decay_factors(decay),
+            reference=state.running.reference,
+            sums=state.running.sums,
+            compensation=state.running.compensation,
+            keys=state.keys if has_window else None,
+            values=state.values if has_window else None,
+            scratch=torch.zeros(1, self.n_window, KEY_BLOCK) if has_window else None,
+            out=output,
+            one_sequence=True,
+        )
         kernels = library()
         assert kernels is not None
-        kernels.run((Operation * 1)(kernel), n_tokens, 1)
+        kernels.program([call]).run(n_tokens, 1)
         return output.view_as(self.values)
 
     def reference(self) -> Tensor:

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
+import copy
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from unittest import mock
+from typing import get_args
 
 import pytest
 import torch
@@ -15,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.backends.native.compiler import library
+from model.backends.native.matrices import FORMATS
+from model.backends.native.runner import NativeRunner, PackedLinear
 from model.config import Variant
 from model.errors import ConfigError, ContextLengthError
-from model.native import NativeRunner, PackedLinear, library
-from model.native.library import SOURCE
-from model.native.linear import _pages
-from model.runner import CUDAGraphRunner, TorchRunner, make_runner
+from model.runner import CUDAGraphRunner, Quantization, TorchRunner, make_runner
 from model.state import AFTState
 from tests.conftest import VARIANTS, random_model, tiny_config
 from tests.model.test_transformer import assert_states_close, token_ids
@@ -123,18 +120,6 @@ def test_a_state_that_was_read_is_a_copy() -> None:
     assert all(map(torch.equal, state.tensors(), before.tensors()))
 
 
-@torch.inference_mode()
-def test_int8_rounds_weights_and_nothing_else() -> None:
-    kernels = library()
-    assert kernels is not None
-    weight, bias, x = torch.randn(77, 130), torch.randn(77), torch.randn(5, 130)
-    packed = PackedLinear(weight, bias, kernels, int8=True)
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    rounded = (weight / scale).round() * scale
-    torch.testing.assert_close(packed(x), torch.nn.functional.linear(x, rounded, bias), rtol=1e-5, atol=1e-4)
-    assert packed.panels.dtype == torch.int8
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
 def test_a_quantised_model_predicts_nearly_the_same(variant: Variant) -> None:
@@ -144,6 +129,20 @@ def test_a_quantised_model_predicts_nearly_the_same(variant: Variant) -> None:
     hidden, _ = runner.read(tokens[0].tolist(), None)
     expected, actual = model(tokens)[0][0].softmax(-1), runner.model.logits(hidden).softmax(-1)
     assert 0 < (expected - actual).abs().sum(-1).max() < 0.05
+
+
+@torch.inference_mode()
+def test_a_model_may_be_quantised_to_any_format() -> None:
+    assert get_args(Quantization) == tuple(FORMATS)
+    model = random_model(tiny_config(), std=0.1)
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):  # not the embedding, which is read row by row
+            module.weight.data = module.weight.bfloat16().float()
+    found, _ = make_runner(model, slots(model), 64, "bfloat16").read([1, 2, 3], None)
+    expected, _ = make_runner(rounded, slots(model), 64, "float32").read([1, 2, 3], None)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, make_runner(model, slots(model), 64).read([1, 2, 3], None)[0])
 
 
 @pytest.mark.parametrize("variant", ["local", "full"])
@@ -166,9 +165,8 @@ def test_bfloat16_checkpoints_are_computed_in_float32() -> None:
     runner = make_runner(model, slots(model), 64)
     hidden, _ = runner.read([1, 2, 3], None)
     assert hidden.dtype == torch.float32
-    assert {module.panels.dtype for module in runner.model.modules() if isinstance(module, PackedLinear)} == {
-        torch.bfloat16
-    }
+    matrices = [module.matrix for module in runner.model.modules() if isinstance(module, PackedLinear)]
+    assert {matrix.panels.tensor.dtype for matrix in matrices} == {torch.bfloat16}
     assert runner.model.embedding.weight.dtype == torch.bfloat16
     found, _ = runner.model(torch.tensor([[1, 2, 3]]))
     in_float32 = make_runner(model.float(), slots(model), 64)
@@ -188,42 +186,6 @@ def test_without_a_compiler_pytorch_runs_the_model(
     assert "Decoding without compiled kernels" in caplog.text
     with pytest.raises(ConfigError, match="quantize needs the compiled kernels"):
         make_runner(model, slots(model), 64, "int8")
-
-
-@pytest.mark.usefixtures("_fresh_library")
-def test_a_library_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for _ in range(2):
-        library.cache_clear()
-        assert library() is not None
-        (kept,) = (tmp_path / "aft").iterdir()
-    assert kept.suffix == ".so"
-
-
-@pytest.mark.usefixtures("_fresh_library")
-def test_a_user_without_a_home_has_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    with mock.patch("pathlib.Path.home", side_effect=RuntimeError("Could not determine home directory.")):
-        assert library() is not None
-
-
-def test_a_linux_without_huge_pages_has_kernels_too() -> None:
-    with mock.patch("model.native.linear.mmap.mmap") as pages:
-        pages.return_value.madvise.side_effect = OSError(22, "Invalid argument")
-        assert _pages(4096) is pages.return_value
-
-
-def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
-    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nsleep 0.3\nexec cc "$@"\n')
-    compiler.chmod(0o755)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CC": str(compiler)}
-    command = [sys.executable, str(SOURCE.with_name("library.py"))]
-    for process in [subprocess.Popen(command, env=environment) for _ in range(3)]:
-        assert process.wait() == 0
-    assert len(calls.read_text()) == 1
-    (kept,) = (tmp_path / "aft").iterdir()
-    assert kept.suffix == ".so"
 
 
 def test_a_model_on_another_device_is_left_to_pytorch() -> None:

@@ -1,6 +1,6 @@
-"""kernels.c, compiled on first use by the machine's C compiler for its own processor, and kept for later starts.
+"""The kernels, compiled on first use by the machine's C compiler for its own processor, and kept for later starts.
 
-Run as a program, this file compiles without importing PyTorch, so that it can be done while another process does that.
+Run as a program, this module compiles without importing PyTorch, so that it can be done while another process does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.backends.native.activation import Activation
+from model.recurrences import limits
+
+if TYPE_CHECKING:
+    from model.kernel import Kernel
 
 try:
     import fcntl
@@ -25,41 +33,59 @@ except ImportError:  # not a POSIX system: at worst two processes compile the sa
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = Path(__file__).with_name("kernels")  # all.c includes the others
 # No -ffast-math: sums keep their order, or nothing would be exact.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast"]
-LINK_FLAGS = ["-fopenmp", "-fPIC", "-shared"]
+CONSTANTS = {
+    "REFERENCE_SLACK": f"{limits.REFERENCE_SLACK}f",
+    "LOW_SUM": f"{limits.LOW_SUM}f",
+    "LARGEST_KEY": f"{limits.LARGEST_KEY}f",
+    "EMPTY_REFERENCE": f"{limits.EMPTY_REFERENCE}f",
+    "KEY_BLOCK": str(limits.KEY_BLOCK),
+    **{f"ACTIVATION_{activation.name}": str(activation.value) for activation in Activation},
+}
+LINK_FLAGS = ["-fPIC", "-shared"]
+OPENMP_FLAG = "-fopenmp"
+OPENMP_IS_MISSING = re.compile(rb"openmp|\b(?:lib|l)?g?omp\b")  # the option, its header or its library
 
 
-class Operation(ctypes.Structure):
-    """struct op of kernels.c. `keep` holds the tensors whose memory it names."""
+class _Task(ctypes.Structure):
+    """struct task of run.c."""
 
-    _fields_ = (
-        ("kind", ctypes.c_int64),
-        ("n", ctypes.c_int64 * 7),
-        ("input", ctypes.c_void_p),
-        ("input2", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p * 4),
-        ("output", ctypes.c_void_p),
-        ("state", ctypes.c_void_p * 6),
-        ("eps", ctypes.c_double),
-    )
+    _fields_ = (("run", ctypes.c_void_p), ("args", ctypes.c_void_p))
+
+
+class Program:
+    """Calls of kernels, one after the other, each by all threads. Keeps what they point at."""
+
+    def __init__(self, functions: ctypes.CDLL, calls: Sequence[Kernel]) -> None:
+        self.calls, self._run = tuple(calls), functions.run
+        addresses = [ctypes.cast(functions[call.function], ctypes.c_void_p).value for call in self.calls]
+        tasks = (_Task(address, ctypes.addressof(call)) for address, call in zip(addresses, self.calls, strict=True))
+        self._tasks = (_Task * len(self.calls))(*tasks)
+
+    def run(self, n_rows: int, n_threads: int) -> None:
+        """n_rows: no more than the calls' tensors have; n_threads: no more than their scratch is for."""
+        self._run(self._tasks, len(self._tasks), n_rows, n_threads)
 
 
 class Library:
-    """The functions of a compiled kernels.c."""
+    """The compiled kernels. panel_width: columns of a matrix that lie together."""
 
     def __init__(self, path: Path) -> None:
-        functions = ctypes.CDLL(str(path))
-        functions.panel_width.restype = ctypes.c_int64
-        self.panel_width: int = functions.panel_width()
-        self._run = functions.run
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-        self._run.restype = None
+        self._functions = ctypes.CDLL(str(path))
+        self._functions.panel_width.restype = ctypes.c_int64
+        self.panel_width: int = self._functions.panel_width()
+        self._functions.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+        self._functions.run.restype = None
 
-    def run(self, operations: ctypes.Array[Operation], n_rows: int, n_threads: int) -> None:
-        """Run operations one after the other, each by all threads."""
-        self._run(ctypes.addressof(operations), len(operations), n_rows, n_threads)
+    def has(self, function: str) -> bool:
+        """Whether there is a kernel of that name."""
+        return hasattr(self._functions, function)
+
+    def program(self, calls: Sequence[Kernel]) -> Program:
+        """Raises AttributeError for a kernel that there is not."""
+        return Program(self._functions, calls)
 
 
 @cache
@@ -85,7 +111,18 @@ def _compiled(folder: Path) -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("there is no C compiler; install gcc or clang, or set CC.")
-    command = [compiler, *FLAGS, *LINK_FLAGS]
+    defined = [f"-D{name}={value}" for name, value in CONSTANTS.items()]
+    command = [compiler, *FLAGS, *defined, *LINK_FLAGS]
+    try:
+        return _kept(folder, [*command, OPENMP_FLAG])
+    except subprocess.CalledProcessError as error:
+        if not OPENMP_IS_MISSING.search(error.stderr):
+            raise
+        return _kept(folder, command)  # by one thread, then: Apple's clang has no OpenMP
+
+
+def _kept(folder: Path, command: Sequence[str]) -> Path:
+    """The library that the command makes, made unless it is there."""
     path = folder / f"kernels-{_digest(command)}.so"
     if not path.exists():
         with _lock(folder):
@@ -97,7 +134,7 @@ def _compiled(folder: Path) -> Path:
 def _compile(command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], check=True, capture_output=True)
+        subprocess.run([*command, str(SOURCES / "all.c"), "-o", str(built), "-lm"], check=True, capture_output=True)
         os.replace(built, path)
 
 
@@ -127,7 +164,8 @@ def _shared_folder() -> Path | None:
 
 def _digest(command: Sequence[str]) -> str:
     """Of all that the library depends on; -march=native makes that the processor, too."""
-    parts = [SOURCE.read_bytes(), " ".join(command).encode(), platform.machine().encode(), _processor()]
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".c", ".h")]
+    parts = [*sources, " ".join(command).encode(), platform.machine().encode(), _processor()]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 
