@@ -5,6 +5,7 @@ Shapes: B sequences, T new tokens, S tokens in all, C = d_model, H heads, D = C 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -50,7 +51,7 @@ class MultiHeadAttention(Recurrence):
 
     def by_head(self, row: Tensor) -> Tensor:
         """[B, T, C] -> [B, H, T, D]"""
-        return row.unflatten(-1, (self.n_head, self.d_head)).transpose(1, 2)
+        return row.view(*row.shape[:2], self.n_head, self.d_head).transpose(1, 2)
 
     def empty(self, batch_size: int, device: torch.device) -> KeyValueCache | LinearState:
         empty = torch.zeros(batch_size, self.n_head, 0, self.d_head, device=device)
@@ -81,8 +82,8 @@ class Baseline(AFTForCausalLM):
     """AFT-simple's model, with another recurrence in the place of AFT."""
 
     def __init__(self, config: AFTConfig, kind: Kind, n_head: int) -> None:
-        """config: of variant "simple", which has as many keys as a token has features."""
-        super().__init__(config)
+        """Of the variant of config that has as many keys as a token has features."""
+        super().__init__(dataclasses.replace(config, variant="simple"))
         self.recurrence = KINDS[kind](n_head, config.d_model // n_head)
         for block in self.blocks:
             block.attention.bias = self.recurrence  # type: ignore[union-attr]

@@ -13,10 +13,12 @@ from typing import Annotated
 
 import torch
 import typer
+from model.backends.native.runner import pack
 
 from benchmarks.stories260k import Llama2c, Llama2cTokenizer
 from model import load_checkpoint
-from model.native import library, pack
+from model.backends.native.compiler import library
+from model.backends.native.matrices import FORMATS
 from model.training.data import read_documents
 from model.training.evaluate import bits_per_character
 
@@ -37,7 +39,7 @@ def main(
             kernels = library()
             if kernels is None:
                 raise typer.BadParameter("--int8 needs a C compiler, such as gcc or clang.")
-            network = pack(network, kernels, int8=True)
+            network = pack(network, kernels, FORMATS["int8"])
         bits = bits_per_character(network, tokenizer, texts)
         print(f"{folder.name}: {n_parameters:,} parameters, {bits:.4f} bits/character")
     if peer:

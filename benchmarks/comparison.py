@@ -23,13 +23,13 @@ import typer
 
 from benchmarks.baselines import Baseline, Kind
 from model.families.aft import AFTConfig, AFTForCausalLM
+from model.language_model import LanguageModel
 from model.tokenizer import SentencePieceTokenizer, Tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, TokenArray, encode_documents, read_documents
 from model.training.evaluate import total_nats
 from model.training.progress import smooth
 from model.training.trainer import Trainer
-from model.language_model import LanguageModel
 
 FOLDER = Path("runs/comparison")
 D_MODEL, N_LAYER, N_HEAD, CONTEXT, BATCH = 128, 4, 4, 256, 16

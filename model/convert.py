@@ -67,7 +67,7 @@ def family_of_type(name: object, source: Path) -> type[LanguageModel]:
     if name not in families:
         known = " or ".join(f'"{known}"' for known in families)
         raise CheckpointError(f'{source / "config.json"} must have "model_type": {known}, not {name!r}.')
-    return families[name]  # type: ignore[index]
+    return families[name]
 
 
 def family_of_names(tensors: Named, source: Path) -> type[LanguageModel]:

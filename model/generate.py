@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from model.language_model import LanguageModel
 from model.sampling import Sampler, SamplingError, SamplingParams, sample
-from model.transformer import AFTForCausalLM
 
 
 @torch.inference_mode()
 def generate(
-    model: AFTForCausalLM, prompt_ids: Sequence[int], params: SamplingParams, end_of_text_id: int
+    model: LanguageModel, prompt_ids: Sequence[int], params: SamplingParams, end_of_text_id: int
 ) -> Iterator[int]:
     """Yield at most `params.max_tokens` ids that follow `prompt_ids`; the last one may be a token that ends the text.
 

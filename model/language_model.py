@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def config_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a config.json; as they are now, if they are this family's and were written by an older version."""
+        """The fields of a config.json; in today's form, if an older version wrote them for this family."""
         return fields
 
     @classmethod

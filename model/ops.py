@@ -108,7 +108,7 @@ class EagerOps:
         return y if adds_to is None else adds_to + y
 
     def split(self, x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
-        return x.split(list(widths), -1)
+        return torch.split(x, list(widths), -1)
 
     def beside(self, *pairs: tuple[Tensor, Matrix]) -> Sequence[Tensor]:
         return [self.linear(x, matrix) for x, matrix in pairs]

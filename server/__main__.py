@@ -7,14 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-KERNELS = Path(__file__).parent.parent / "model" / "native" / "library.py"
+ROOT = Path(__file__).parent.parent  # where `model` is found, wherever this is started
+COMPILE = [sys.executable, "-m", "model.backends.native.compiler"]
 
 
 def main() -> None:
     # The first process of a container has no default handlers: without one, it could not be stopped before it serves.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if "serve" in sys.argv[1:2]:
-        subprocess.Popen([sys.executable, KERNELS])  # while this process imports PyTorch
+        subprocess.Popen(COMPILE, cwd=ROOT)  # while this process imports PyTorch
     from server.cli import main as run
 
     run()

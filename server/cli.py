@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 import uvicorn
+from model.runner import Quantization
 
 from model.convert import convert as convert_model
 from model.errors import ModelError
-from model.runner import Quantization
 from model.training.__main__ import main as train
 from server import BUNDLED_MODEL
 from server.api.config import APIConfig

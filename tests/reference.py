@@ -1,4 +1,6 @@
-"""The AFT operation as plain loops in float64, straight from the paper's formula. Of `model` it knows where parameters are, no code.
+"""The AFT operation as plain loops in float64, straight from the paper's formula.
+
+Of `model` it knows where parameters are, and no code.
 
 Shapes: T tokens, H keys per token, D features per key. One sequence, no batch.
 """

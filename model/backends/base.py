@@ -11,8 +11,9 @@ from model.state import State
 
 
 class Runner(Protocol):
-    """Runs one model for the states of a pool. is_batch_invariant: whether logits and states are bitwise the same alone,
-    in any batch, and however a text is cut.
+    """Runs one model for the states of a pool.
+
+    is_batch_invariant: whether logits and states are bitwise the same alone, in any batch, and however a text is cut.
     """
 
     is_batch_invariant: bool

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from model.activation import Activation
 from model.config import ModelConfig
+from model.kernel import Program, Rows
 from model.language_model import Block, LanguageModel
 from model.ops import Ops, X
 from model.recurrences.aft import AFT, Sums, Window

@@ -16,7 +16,6 @@ queries are the last Q of the K tokens), W = window - 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +62,7 @@ class Sums(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The tokens that still have a bias: a ring, so that a token is written once. That of position t is in slot t mod W.
+    """The tokens that still have a bias, in a ring, so that a token is written once: position t is in slot t mod W.
 
     keys   [B, W, H]
     values [B, W, H, D]
@@ -322,7 +321,7 @@ class AFT(Recurrence):
     For a float64 gradient check or a bfloat16 checkpoint alike, the bias has the dtype of its parameters.
     """
 
-    functions = ("aft",)
+    functions: tuple[str, ...] = ("aft",)
 
     def __init__(self, window: int, n_key: int) -> None:
         """window = W + 1: a token at that distance or more is in the running sums; n_key = H."""
@@ -406,7 +405,7 @@ class AFT(Recurrence):
 
     def _by_key(self, values: Tensor) -> Tensor:
         """[.., C] -> [.., H, D]"""
-        return values.unflatten(-1, (self.n_key, -1))
+        return values.reshape(*values.shape[:-1], self.n_key, -1)
 
 
 def state_of(layer: Any) -> tuple[Sums, Window | None]:

@@ -15,13 +15,13 @@ from rich.console import Console
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import AFTConfig, Variant
 from model.errors import ConfigError, ModelError
+from model.language_model import LanguageModel
 from model.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents, read_documents
 from model.training.evaluate import bits_per_character
 from model.training.progress import ProgressReport, plot_history
 from model.training.trainer import Record, Trainer, init_processes, process_rank, write_history
-from model.language_model import LanguageModel
 
 LOSS_CURVE_FILE, HISTORY_FILE = "loss.png", "training_log.jsonl"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.tokenizer import Tokenizer
 from model.language_model import LanguageModel
+from model.tokenizer import Tokenizer
 
 CHUNK = 512
 

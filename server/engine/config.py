@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.runner import Quantization
+
 from server.errors import ConfigurationError
 
 DEFAULT_MAX_MODEL_LEN = 2**20

@@ -85,9 +85,9 @@ class PrefixCache:
 
         May be called from any thread.
         """
-        n_tokens, key, keys = len(token_ids), beginning.copy(), []
-        for start in range(0, n_tokens, multiple_of):
-            keys.append(key.read(token_ids[start : start + multiple_of]).key)
+        n_tokens, key = len(token_ids), beginning.copy()
+        parts = (token_ids[start : start + multiple_of] for start in range(0, n_tokens, multiple_of))
+        keys = [key.read(part).key for part in parts]
         wanted: list[Key] = []
         for candidate in reversed(keys):
             if self._usable(candidate.name, n_tokens):

@@ -14,7 +14,6 @@ from model.errors import ContextLengthError
 from model.families import family_of
 from tests.conftest import VARIANTS, Variant, random_model, tiny_config
 
-
 # RWKV-4 has no position embeddings.
 WITH_AND_WITHOUT_POSITIONS = [(v, p) for v in VARIANTS for p in (False, True) if not (p and v == "rwkv4")]
 

@@ -23,7 +23,6 @@ from model.recurrences.aft import AFT, Sums, Window
 from tests.conftest import VARIANTS, Variant
 from tests.reference import aft_reference, reference_bias
 
-
 Held = tuple[Sums, Window | None]
 
 
@@ -82,8 +81,8 @@ class Case:
         position = torch.tensor([start])
         keys, values = self.keys[:, start:end], self.values[:, start:end]
         running, window = state or (self.empty()[0], None)
-        y, *after = aft.forward(keys, values, bias, self.n_window, position, running, window, self.bias.decay)
-        return y, (after[0], after[1] if self.n_window else None)
+        y, running, window = aft.forward(keys, values, bias, self.n_window, position, running, window, self.bias.decay)
+        return y, (running, window if self.n_window else None)
 
     def chunks(self, cuts: list[int]) -> Tensor:
         outputs, state = [], None
@@ -112,7 +111,9 @@ class Case:
         running, window = self.empty()
         layer = FlatLayer(*running, *(window or (torch.zeros(1, 0, 1),) * 2))
         program = Calls(n_tokens)
-        out = self.bias.write([Rows(row) for row in qkv.split([width, self.keys.shape[2], width], 1)], layer, program)
+        out = self.bias.write(
+            [Rows(row) for row in torch.split(qkv, [width, self.keys.shape[2], width], 1)], layer, program
+        )
         kernels = library()
         assert kernels is not None
         kernels.program(program.calls).run(n_tokens, 1)

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model.backends.native import calls
 from model.activation import Activation
+from model.backends.native import calls
 from model.backends.native.compiler import Library
 
 

@@ -1,4 +1,4 @@
-"""Models on CPUs in C: a pass through a model as one list of kernels. Nothing of Python or PyTorch runs between them."""
+"""Models on CPUs in C: a pass through a model is one list of kernels, and nothing of Python runs between them."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Pass:
         return out
 
     def split(self, x: Rows, widths: Sequence[int]) -> Sequence[Rows]:
-        return [x.part(part) for part in x.tensor.split(list(widths), 1)]
+        return [x.part(part) for part in torch.split(x.tensor, list(widths), 1)]
 
     def beside(self, *pairs: tuple[Rows, Matrix]) -> Sequence[Rows]:
         packed = [self._weights.matrix(matrix) for _, matrix in pairs]
