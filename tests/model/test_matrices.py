@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.backends.native.activation import Activation
 from model.backends.native.compiler import library
@@ -56,6 +59,34 @@ def test_the_stored_format_loses_nothing(dtype: torch.dtype) -> None:
     panels = kept.pack(weight, 32)
     assert torch.equal(kept.unpack(panels, 77), weight.float())
     assert panels.tensor.element_size() == (2 if dtype == torch.bfloat16 else 4)
+
+
+class LiveCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """peak: how many tensors in float32, as large as the source but without its memory, were held at a time."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._source, self.peak = source, 0
+        self._seen: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            storage = result.untyped_storage()
+            is_as_large = result.numel() >= self._source.numel()
+            if is_as_large and storage.data_ptr() != self._source.data_ptr():
+                self._seen[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self.peak = max(self.peak, sum(not reference.expired() for reference in self._seen.values()))
+        return result
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packing_holds_one_copy_in_float32_at_most(name: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(77, 130).to(dtype)
+    with LiveCopies(weight) as copies:
+        FORMATS[name].pack(weight, 32)
+    assert copies.peak == (name != "bfloat16")
 
 
 def test_a_row_of_zeros_stays_zero_in_int8() -> None:
