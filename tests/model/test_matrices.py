@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -76,7 +77,7 @@ class LiveCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_as_large = result.numel() >= self._source.numel()
             if is_as_large and storage.data_ptr() != self._source.data_ptr():
                 self._seen[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self.peak = max(self.peak, sum(not reference.expired() for reference in self._seen.values()))
+        self.peak = max(self.peak, sum(not seen.expired() for seen in self._seen.values()))  # type: ignore[no-untyped-call]
         return result
 
 
@@ -103,8 +104,9 @@ def test_a_row_of_zeros_stays_zero_in_int8() -> None:
     ],
 )
 @torch.inference_mode()
-def test_inputs_and_outputs_may_be_columns_of_wider_tensors(activation: Activation, function: object) -> None:
-    assert callable(function)
+def test_inputs_and_outputs_may_be_columns_of_wider_tensors(
+    activation: Activation, function: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     weight, bias, wide = torch.randn(40, 20), torch.randn(40), torch.randn(7, 50)
     matrix, kernels = packed(weight, bias, "float32"), library()
     assert kernels is not None
