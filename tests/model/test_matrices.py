@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.activation import Activation
 from model.backends.native.compiler import library
@@ -58,6 +62,34 @@ def test_the_stored_format_loses_nothing(dtype: torch.dtype) -> None:
     assert panels.tensor.element_size() == (2 if dtype == torch.bfloat16 else 4)
 
 
+class LiveCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """peak: how many tensors in float32, as large as the source but without its memory, were held at a time."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._source, self.peak = source, 0
+        self._seen: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            storage = result.untyped_storage()
+            is_as_large = result.numel() >= self._source.numel()
+            if is_as_large and storage.data_ptr() != self._source.data_ptr():
+                self._seen[storage.data_ptr()] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self.peak = max(self.peak, sum(not seen.expired() for seen in self._seen.values()))  # type: ignore[no-untyped-call]
+        return result
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packing_holds_one_copy_in_float32_at_most(name: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(77, 130).to(dtype)
+    with LiveCopies(weight) as copies:
+        FORMATS[name].pack(weight, 32)
+    assert copies.peak == (name != "bfloat16")
+
+
 def test_a_row_of_zeros_stays_zero_in_int8() -> None:
     matrix = packed(torch.zeros(3, 5), None, "int8")
     assert not matrix.multiply(torch.ones(2, 5)).any()
@@ -72,8 +104,9 @@ def test_a_row_of_zeros_stays_zero_in_int8() -> None:
     ],
 )
 @torch.inference_mode()
-def test_inputs_and_outputs_may_be_columns_of_wider_tensors(activation: Activation, function: object) -> None:
-    assert callable(function)
+def test_inputs_and_outputs_may_be_columns_of_wider_tensors(
+    activation: Activation, function: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     weight, bias, wide = torch.randn(40, 20), torch.randn(40), torch.randn(7, 50)
     matrix, kernels = packed(weight, bias, "float32"), library()
     assert kernels is not None

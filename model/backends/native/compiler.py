@@ -70,12 +70,17 @@ class Program:
 
 
 class Library:
-    """The compiled kernels. panel_width: columns of a matrix that lie together."""
+    """The compiled kernels.
+
+    panel_width: columns of a matrix that lie together; is_parallel: whether more than one thread can run them.
+    """
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
-        self._functions.panel_width.restype = ctypes.c_int64
+        for constant in (self._functions.panel_width, self._functions.is_parallel):
+            constant.restype = ctypes.c_int64
         self.panel_width: int = self._functions.panel_width()
+        self.is_parallel = bool(self._functions.is_parallel())
         self._functions.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
         self._functions.run.restype = None
 
@@ -90,13 +95,16 @@ class Library:
 
 @cache
 def library() -> Library | None:
-    """The kernels, or None, with a line in the log, where they cannot be compiled. The first call takes a second."""
+    """The kernels, or None, with a line in the log, where they cannot be compiled. The first call takes seconds."""
     try:
-        return Library(_compiled(_shared_folder() or Path(tempfile.mkdtemp(prefix="aft-"))))
+        kernels = Library(_compiled(_shared_folder() or Path(tempfile.mkdtemp(prefix="aft-"))))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("Decoding without compiled kernels, which is slower: %s", detail)
         return None
+    if not kernels.is_parallel:
+        logger.warning("Compiled kernels run on one thread: the C compiler has no OpenMP.")
+    return kernels
 
 
 def compile_ahead() -> None:
@@ -118,7 +126,7 @@ def _compiled(folder: Path) -> Path:
     except subprocess.CalledProcessError as error:
         if not OPENMP_IS_MISSING.search(error.stderr):
             raise
-        return _kept(folder, command)  # by one thread, then: Apple's clang has no OpenMP
+        return _kept(folder, command)  # Apple's clang, say
 
 
 def _kept(folder: Path, command: Sequence[str]) -> Path:

@@ -32,6 +32,14 @@ static void barrier(atomic_llong *arrived, i64 n_arrivals, int patience) {
 }
 #endif
 
+i64 is_parallel(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* The tasks' scratch must do for n_threads; without OpenMP one thread does all. */
 void run(const struct task *tasks, i64 n, i64 rows, int n_threads) {
 #ifdef _OPENMP
