@@ -11,10 +11,9 @@ import torch
 from model.backends.native import compiler
 from model.backends.native.compiler import library
 from model.backends.native.matrices import FORMATS
-from model.config import Variant
-from tests.conftest import VARIANTS, tiny_config
+from tests.conftest import VARIANTS, Variant
 from tests.model import test_matrices, test_runner
-from tests.model.test_ops import Case, make_bias, relative_error
+from tests.model.test_recurrence_aft import Case, relative_error, shape, spread_out
 
 PATHS = {"AVX2": (["-mno-avx512f"], 16), "SSE": (["-march=x86-64"], 8)}  # flags; columns of a panel: two vectors
 
@@ -41,17 +40,17 @@ def _path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_recurrence_equals_the_reference(variant: Variant) -> None:
     """Fewer features than a vector has, more keys than are taken at a time."""
     for width, n_head in ((6, 3), (90, 5)):
-        config = tiny_config(variant, d_model=width, n_head=n_head)
+        bias, n_key = shape(variant, d_model=width, n_head=n_head, window=6, d_bias=3, max_positions=256)
         random = torch.Generator().manual_seed(0)
-        keys = 20 * torch.randn(1, 50, config.n_key, generator=random)
-        values = torch.randn(1, 50, config.n_key, config.d_model // config.n_key, generator=random)
-        case = Case(make_bias(config, 2.0, seed=0), keys, values)
+        keys = 20 * torch.randn(1, 50, n_key, generator=random)
+        values = torch.randn(1, 50, n_key, width // n_key, generator=random)
+        case = Case(spread_out(bias, 2.0, seed=0), keys, values)
         assert relative_error(case.native(), case.reference().detach()) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_model_gives_the_same_bits_in_any_batch_and_what_pytorch_gives(variant: Variant) -> None:
-    test_runner.test_reading_and_stepping_equal_the_model(variant, position_embeddings=True)
+    test_runner.test_reading_and_stepping_equal_the_model(variant, position_embeddings=variant != "rwkv4")
     test_runner.test_kernels_give_the_same_bits_in_any_batch_and_for_any_cut(variant)
 
 
