@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ STORIES = [
     "Ann had 3 cats and 12 dogs. The cats slept in the sun. The dogs ran to the park and played with a ball.",
 ]
 VARIANTS: list[Variant] = ["simple", "conv", "local", "full", "rwkv4"]
+
+
+@dataclass(frozen=True)
+class Ids:
+    """A vocabulary of tokens without bytes."""
+
+    vocab_size: int
+    end_of_text_id: int
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        return [b""] * self.vocab_size
 
 
 def tiny_config(variant: Variant = "conv", **changes: object) -> AFTConfig:

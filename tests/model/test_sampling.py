@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.sampling import GREEDY, Grammar, Sampler, SamplingError, SamplingParams, sample
+from tests.conftest import Ids
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 2.0])
 END = 3
 
 
 def sampler(params: SamplingParams, prompt: tuple[int, ...] = (), vocab_size: int = 5, index: int = 0) -> Sampler:
-    return Sampler(params, prompt, vocab_size, END, index)
+    return Sampler(params, prompt, Ids(vocab_size, END), index)
 
 
 def draws(n: int, *, prompt: tuple[int, ...] = (), logits: Tensor = LOGITS, **fields: object) -> Counter[int]:
@@ -113,8 +114,8 @@ PARAMS = st.builds(
 @given(st.lists(PARAMS, min_size=1, max_size=6), st.integers(0, 99))
 def test_a_row_does_not_depend_on_the_others(params: list[SamplingParams], seed: int) -> None:
     logits = 3 * torch.randn(len(params), 20, generator=torch.Generator().manual_seed(seed))
-    together = [Sampler(p, (1,), 20, END) for p in params]
-    alone = [Sampler(p, (1,), 20, END) for p in params]
+    together = [Sampler(p, (1,), Ids(20, END)) for p in params]
+    alone = [Sampler(p, (1,), Ids(20, END)) for p in params]
     before = logits.clone()
     for _ in range(3):
         batch = sample(logits, together)

@@ -60,7 +60,7 @@ def test_turns_are_what_one_request_over_the_same_tokens_is(
         seen += ids
         text, conversation = turn(engine, prompt, conversation, max_tokens=max_tokens)
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        assert text == list(generate(MODELS[variant], seen, params, 1))
+        assert text == list(generate(MODELS[variant], seen, params, WORDS))
         seen += text
         assert conversation.num_tokens == len(seen)
         assert engine.scheduler.n_free_slots == engine.pool.n_slots
@@ -99,7 +99,7 @@ def test_cached_prefixes_and_conversations_do_not_meet() -> None:
     assert first == again
     alone, _ = turn(engine, [*conversation.unread_ids, *ids], max_tokens=6)
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-    assert alone == list(generate(MODELS["conv"], [*conversation.unread_ids, *ids], params, 1))
+    assert alone == list(generate(MODELS["conv"], [*conversation.unread_ids, *ids], params, WORDS))
 
 
 def test_limits_count_the_whole_conversation() -> None:

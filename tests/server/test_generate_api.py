@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from model import AFTForCausalLM, Tokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
-from model.watermark import z_score
+from model.sampling.watermark import z_score
 from server.api.app import create_app
 from server.api.tgi.protocol import GenerateParameters, StreamEvent
 from server.engine import EngineConfig, LLMEngine
@@ -37,8 +37,8 @@ def events(response: httpx2.Response) -> list[dict[str, Any]]:
 
 
 def greedy_ids(model: AFTForCausalLM, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
-    end = tokenizer.end_of_text_id
-    return list(generate(model, [end, *tokenizer.encode(text)], SamplingParams(temperature=0, max_tokens=n), end))
+    prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+    return list(generate(model, prompt_ids, SamplingParams(temperature=0, max_tokens=n), tokenizer))
 
 
 def test_greedy_text_is_the_models(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:

@@ -59,7 +59,7 @@ def text(outputs: list[RequestOutput]) -> str:
 
 def alone(one: Request, model: AFTForCausalLM = MODEL, index: int = 0) -> list[int]:
     params = dataclasses.replace(one.params, seed=one.params.seed + index)
-    return list(generate(model, one.prompt_ids, params, WORDS.end_of_text_id))
+    return list(generate(model, one.prompt_ids, params, WORDS))
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -367,7 +367,7 @@ def poisoned_grammar() -> Request:
     one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "[a-z ]*"))
     broken = mock.Mock(wraps=one.matcher)
     broken.copy.return_value.is_complete = False
-    broken.copy.return_value.allowed.side_effect = [torch.ones(400, dtype=torch.bool), RuntimeError("poison")]
+    broken.copy.return_value.adjust.side_effect = [None, RuntimeError("poison")]
     one.matcher = broken
     return one
 
