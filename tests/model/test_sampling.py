@@ -174,6 +174,53 @@ def test_no_token_left_is_an_error_of_that_row_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "n_steps"),
+    [
+        ({"temperature": 0.5, "top_k": 3, "stop_token_ids": (1,)}, 0),
+        ({"repetition_penalty": 1.5}, 1),
+        ({"frequency_penalty": 1.0, "presence_penalty": 1.0}, 1),
+        ({"logit_bias": {1: 1.0}, "allowed_token_ids": (1,), "banned_token_ids": (2,)}, 1),
+        ({"watermark": True}, 1),
+        ({"min_tokens": 1}, 1),
+        ({"repetition_penalty": 1.5, "presence_penalty": 1.0, "allowed_token_ids": (1,), "min_tokens": 1}, 4),
+    ],
+)
+def test_only_steps_that_are_asked_for_are_taken(fields: dict[str, object], n_steps: int) -> None:
+    assert len(sampler(SamplingParams(**fields)).steps) == n_steps  # type: ignore[arg-type]
+
+
+class Only:
+    """A step of the caller's: allows only one token, the next one each time. Fails at token 2."""
+
+    def __init__(self, fails_to: str) -> None:
+        self._fails_to, self._token_id = fails_to, 0
+
+    def adjust(self, logits: Tensor) -> None:
+        logits[torch.arange(5) != self._token_id] = -math.inf
+        if self._token_id == 2 and self._fails_to == "adjust":
+            raise ValueError("two")
+
+    def observe(self, token_id: int) -> None:
+        assert token_id == self._token_id
+        if token_id == 2 and self._fails_to == "observe":
+            raise ValueError("two")
+        self._token_id += 1
+
+
+@pytest.mark.parametrize("fails_to", ["adjust", "observe"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_step_raises_is_the_result_of_its_row_alone(fails_to: str, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, repetition_penalty=1.5)
+    rows = [sampler(params), Sampler(params, (), Ids(5, END), first=[Only(fails_to)]), sampler(params, index=2)]
+    alone = [sampler(params), sampler(params, index=2)]
+    for expected in (0, 1, 2):
+        before, token_id, after = sample(LOGITS.expand(3, -1), rows)
+        assert [before, after] == sample(LOGITS.expand(2, -1), alone)
+        assert token_id == expected or (expected == 2 and isinstance(token_id, ValueError))
+    assert isinstance(token_id, ValueError)
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("n", 0),

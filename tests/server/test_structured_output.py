@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
+import torch
 
 from model import Tokenizer
 from model.sampling import Grammar
@@ -27,6 +28,11 @@ def test_a_matcher_follows_the_text(compiler: GrammarCompiler, tokenizer: Tokeni
     assert matcher.allowed()[tokenizer.end_of_text_id]
     assert not matcher.is_complete
     assert not fork.allowed()[b]
+    logits = torch.zeros(tokenizer.vocab_size)
+    matcher.adjust(logits)
+    assert torch.equal(logits == 0, matcher.allowed())
+    matcher.observe(tokenizer.end_of_text_id)
+    assert matcher.is_complete
     with pytest.raises(GenerationError, match="The grammar failed"):
         fork.observe(b)
 
