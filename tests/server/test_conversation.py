@@ -62,7 +62,7 @@ def test_turns_are_what_one_request_over_the_same_tokens_is(
         text, conversation = turn(engine, prompt, conversation, max_tokens=max_tokens)
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         assert text == list(generate(MODELS[variant], seen, params, WORDS))
-        # A text's end is no part of what goes on, even where it is chosen like other tokens and is only the last of them.
+        # The end of a text is no part of what goes on, even where it is a token like others that happens to be last.
         seen += text[:-1] if text[-1:] == [WORDS.end_of_text_id] else text
         assert conversation.num_tokens == len(seen)
         assert engine.scheduler.n_free_slots == engine.pool.n_slots

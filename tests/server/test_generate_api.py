@@ -118,8 +118,8 @@ def test_sampling_is_asked_for_by_any_of_its_parameters(parameters: dict[str, An
 
 
 def test_without_parameters_it_samples(client: TestClient) -> None:
-    texts = {post(client, inputs="The fox").json()["generated_text"] for _ in range(3)}
-    assert len(texts) == 3
+    texts = {post(client, inputs="The fox").json()["generated_text"] for _ in range(8)}
+    assert len(texts) > 1  # two may be alike by chance: empty ones, say
 
 
 def test_a_seed_alone_does_not_ask_for_sampling(client: TestClient) -> None:
