@@ -44,7 +44,7 @@ class Server:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server ended by itself: {self.read_log()}"
             try:
-                if httpx2.get(f"{self.url}/ready").status_code == 200:
+                if httpx2.get(f"{self.url}/ready", timeout=60).status_code == 200:
                     return
             except httpx2.TransportError:
                 time.sleep(0.05)

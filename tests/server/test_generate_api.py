@@ -111,6 +111,7 @@ def seed_of(response: httpx2.Response) -> Any:
 def test_sampling_is_asked_for_by_any_of_its_parameters(parameters: dict[str, Any], client: TestClient) -> None:
     """The seed that was drawn is told, and gives the same text again."""
     parameters = {**parameters, "max_new_tokens": 20, "details": True}
+    post(client, inputs="The fox")  # how much of the prompt was cached is told, too
     first = post(client, inputs="The fox", parameters=parameters)
     assert isinstance(seed_of(first), int)
     again = post(client, inputs="The fox", parameters={**parameters, "seed": seed_of(first)})
