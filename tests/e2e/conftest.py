@@ -33,14 +33,19 @@ class Server:
 
     def __enter__(self) -> Self:
         self._log_file = tempfile.TemporaryFile("w+")
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            self._log_file.close()
+            raise
         return self
 
     def start(self) -> None:
         """Again, after `kill`."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environment}
         self.process = subprocess.Popen(self._command, env=environment, stderr=self._log_file)
-        deadline = time.monotonic() + 120  # Ray takes half a minute where cores are shared
+        deadline = time.monotonic() + 600  # Ray takes minutes where cores are shared
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server ended by itself: {self.read_log()}"
             try:
@@ -48,7 +53,7 @@ class Server:
                     return
             except httpx2.TransportError:
                 time.sleep(0.05)
-        raise TimeoutError(f"{self.url}/ready gave no 200 within two minutes")
+        raise TimeoutError(f"{self.url}/ready gave no 200 within ten minutes: {self.read_log()}")
 
     def kill(self) -> None:
         self.process.kill()
