@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ STORIES = [
 Variant = str
 VARIANTS: list[Variant] = ["simple", "conv", "local", "full", "rwkv4"]  # of AFT, and other families
 ONLY_AFT = {"n_head": 4, "window": 6, "d_bias": 3, "max_positions": 256}
+
+
+@dataclass(frozen=True)
+class Ids:
+    """A vocabulary of tokens without bytes."""
+
+    vocab_size: int
+    end_of_text_id: int
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        return [b""] * self.vocab_size
 
 
 def tiny_config(variant: Variant = "conv", **changes: object) -> ModelConfig:

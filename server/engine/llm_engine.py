@@ -201,13 +201,13 @@ class LLMEngine:
         return self._advance(first_row, prompt.logits.expand(n, -1))
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
-        params = request.params
+        params, matcher = request.params, request.matcher.copy() if request.matcher else None
         return Sequence(
             request,
             index,
-            Sampler(params, request.prompt_ids, self.model_config.vocab_size, self.tokenizer.end_of_text_id, index),
+            Sampler(params, request.prompt_ids, self.tokenizer, index, first=[matcher] if matcher else []),
             Detokenizer(params.stop, include_stop=params.include_stop),
-            request.matcher.copy() if request.matcher else None,
+            matcher,
         )
 
     def _decode(self) -> list[RequestOutput]:

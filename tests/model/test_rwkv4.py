@@ -24,7 +24,7 @@ from model.families.rwkv4 import AUTHOR_BY_TRANSFORMERS
 from model.generate import generate
 from model.sampling import GREEDY
 from model.tokenizer import HuggingFaceTokenizer
-from tests.conftest import byte_level_tokenizer, random_model, tiny_config
+from tests.conftest import Ids, byte_level_tokenizer, random_model, tiny_config
 from tests.model.test_tokenizer import WORLD_VOCABULARY
 
 # Width, blocks, inner width, tied embeddings.
@@ -111,7 +111,7 @@ def test_generated_tokens_are_those_of_transformers(tokenizer_file: Path, tmp_pa
         torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
     )
     params = dataclasses.replace(GREEDY, max_tokens=n, ignore_eos=True)
-    assert list(generate(ours, prompt, params, 0)) == expected[0, 3:].tolist()
+    assert list(generate(ours, prompt, params, Ids(ours.config.vocab_size, 0))) == expected[0, 3:].tolist()
 
 
 @torch.inference_mode()

@@ -163,20 +163,21 @@ def test_several_texts_end_one_by_one(tokenizer: Tokenizer) -> None:
 
 def test_draining_lets_running_requests_end_and_takes_no_more(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        running = asyncio.create_task(generate(engine, SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)))
-        await asyncio.sleep(0.01)
-        draining = asyncio.create_task(engine.drain(timeout=30))
-        await asyncio.sleep(0.01)
+        running = await engine.submit("the fox", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True))
+        draining = asyncio.create_task(engine.drain(timeout=600))
+        await asyncio.sleep(0)  # drains, for as long as the running one has not been read
         assert not engine.is_ready
         with pytest.raises(ShuttingDownError):
             await generate(engine)
+        assert not draining.done()
+        assert len(await ids(running)) == 300
         await draining
-        assert len(await running) == 300
         engine.stop()
 
     in_engine(tokenizer, main)
 
 
+@mock.patch("server.engine.async_engine.MAX_UNREAD", 10**6)  # however long the end takes
 def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
         stream = await engine.submit("the fox", ENDLESS)

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from model import AFTForCausalLM, Tokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
-from model.watermark import z_score
+from model.sampling.watermark import z_score
 from server.api.app import create_app
 from server.api.tgi.protocol import GenerateParameters, StreamEvent
 from server.engine import EngineConfig, LLMEngine
@@ -37,8 +37,8 @@ def events(response: httpx2.Response) -> list[dict[str, Any]]:
 
 
 def greedy_ids(model: AFTForCausalLM, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
-    end = tokenizer.end_of_text_id
-    return list(generate(model, [end, *tokenizer.encode(text)], SamplingParams(temperature=0, max_tokens=n), end))
+    prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+    return list(generate(model, prompt_ids, SamplingParams(temperature=0, max_tokens=n), tokenizer))
 
 
 def test_greedy_text_is_the_models(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
@@ -111,6 +111,7 @@ def seed_of(response: httpx2.Response) -> Any:
 def test_sampling_is_asked_for_by_any_of_its_parameters(parameters: dict[str, Any], client: TestClient) -> None:
     """The seed that was drawn is told, and gives the same text again."""
     parameters = {**parameters, "max_new_tokens": 20, "details": True}
+    post(client, inputs="The fox")  # how much of the prompt was cached is told, too
     first = post(client, inputs="The fox", parameters=parameters)
     assert isinstance(seed_of(first), int)
     again = post(client, inputs="The fox", parameters={**parameters, "seed": seed_of(first)})
@@ -118,8 +119,8 @@ def test_sampling_is_asked_for_by_any_of_its_parameters(parameters: dict[str, An
 
 
 def test_without_parameters_it_samples(client: TestClient) -> None:
-    texts = {post(client, inputs="The fox").json()["generated_text"] for _ in range(3)}
-    assert len(texts) == 3
+    texts = {post(client, inputs="The fox").json()["generated_text"] for _ in range(8)}
+    assert len(texts) > 1  # two may be alike by chance: empty ones, say
 
 
 def test_a_seed_alone_does_not_ask_for_sampling(client: TestClient) -> None:

@@ -87,7 +87,7 @@ def test_grammars_are_limited(checkpoint: Path) -> None:
     with serving(checkpoint, EngineConfig(grammar_timeout=0.05)) as client:
         engine = client.app.state.context.engine  # type: ignore[attr-defined]
         slow = threading.Event()
-        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: slow.wait(5)):
+        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: slow.wait(60)):
             refused = client.post("/v1/completions", json={**OPENAI_BODY, "structured_outputs": {"regex": "a"}})
             slow.set()
         assert refused.status_code == 400
