@@ -22,7 +22,7 @@ from sentencepiece import sentencepiece_model_pb2
 from benchmarks.engine import prompt
 from model import AFTConfig, AFTForCausalLM, SentencePieceTokenizer, save_checkpoint
 from server import BUNDLED_MODEL
-from server.bench import run, run_fast
+from server.commands.bench import run, run_fast
 
 AFT = (sys.executable, "-m", "server", "serve")
 

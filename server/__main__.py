@@ -15,7 +15,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if "serve" in sys.argv[1:2]:
         subprocess.Popen([sys.executable, KERNELS])  # while this process imports PyTorch
-    from server.cli import main as run
+    from server.commands.main import main as run
 
     run()
 

@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.assemble import assemble
 from server.config import ServerConfig
 from server.draining import drain
 from server.errors import ConfigurationError
@@ -30,7 +31,7 @@ class Replica:
         self._config = config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = self._config.build()
+        app = assemble(self._config)
         self._engine = app.state.context.engine
         app.add_middleware(ReplicaHeader, replica_id=serve.get_replica_context().replica_tag)
         return app

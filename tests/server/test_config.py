@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 
-from server import cli, config
+from server import threads
+from server.commands.main import app
 from server.errors import ConfigurationError
 
 STORE = ["--store", "sessions.sqlite"]
@@ -16,7 +17,7 @@ STORE = ["--store", "sessions.sqlite"]
 
 def refusal(*arguments: str) -> str:
     with pytest.raises(ConfigurationError) as error:
-        cli.app(["serve", *arguments], standalone_mode=False)
+        app(["serve", *arguments], standalone_mode=False)
     return str(error.value)
 
 
@@ -43,8 +44,8 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_container_has_the_threads_that_its_quota_pays_for(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(threads, "CPU_QUOTA", tmp_path / "cpu.max")
     with mock.patch("torch.get_num_threads", return_value=64):
-        assert config.available_cores() == 64
+        assert threads.available_cores() == 64
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
-        assert config.available_cores() == cores
+        assert threads.available_cores() == cores
