@@ -5,16 +5,18 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
-KERNELS = Path(__file__).parent.parent / "model" / "native" / "library.py"
+COMPILER = Path(__file__).parent.parent / "model" / "native" / "library.py"  # run by its path: `model` imports PyTorch
 
 
 def main() -> None:
     # The first process of a container has no default handlers: without one, it could not be stopped before it serves.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if "serve" in sys.argv[1:2]:
-        subprocess.Popen([sys.executable, KERNELS])  # while this process imports PyTorch
+        compiler = subprocess.Popen([sys.executable, COMPILER])  # while this process imports PyTorch
+        threading.Thread(target=compiler.wait, daemon=True).start()  # or it would remain as a zombie
     from server.commands.main import main as run
 
     run()
