@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from fastapi import FastAPI
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import CONFIG_FILE, _load_config, load_checkpoint
+from model.transformer import AFTForCausalLM
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.config import ServerConfig
@@ -33,3 +35,9 @@ def assemble(config: ServerConfig) -> FastAPI:
         config.sessions,
         open_prefix_store(config.store, config.prefix_store) if config.store and config.prefix_store else None,
     )
+
+
+def state_bytes(checkpoint: Path) -> int | None:
+    """Of the state of one text, without the weights; None where there is no such checkpoint. Raises CheckpointError."""
+    path = checkpoint / CONFIG_FILE
+    return AFTForCausalLM.empty(_load_config(path)).init_state(1).nbytes if path.is_file() else None

@@ -8,7 +8,8 @@ from typing import Any
 
 from server.errors import ConfigurationError
 
-SIZES = {"MiB": 2**20}
+MIB = 2**20
+SIZES = {"MiB": MIB}
 
 
 @dataclass(frozen=True, kw_only=True)

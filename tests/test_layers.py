@@ -15,6 +15,7 @@ FORBIDDEN = {
     "server/sessions": {"server.api", "fastapi", "starlette", "uvicorn", "pydantic", "torch"},
     "server/api": {"typer", "uvicorn"},
     "server/deploy": {"server.commands"},
+    "server/settings.py": {"typer", "torch", "model", "server.options"},
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from model.runner import Quantization
 from server.errors import ConfigurationError
-from server.settings import check, setting
+from server.settings import MIB, check, setting
 
 DEFAULT_MAX_MODEL_LEN = 2**20
 
@@ -51,3 +52,20 @@ class EngineConfig:
     def batched_tokens(self) -> int:
         given = self.max_num_batched_tokens
         return self.max_num_seqs + self.chunk_size if given is None else given
+
+    def n_slots(self, state_bytes: int) -> int:
+        """Texts that are decoded at a time, if the state of one has that many bytes.
+
+        Raises ConfigurationError where there is no memory for one.
+        """
+        n_states = self.state_memory // state_bytes
+        if n_states < 1:
+            raise ConfigurationError(
+                f"state_memory must be at least {math.ceil(state_bytes / MIB)} MiB, for the {state_bytes} bytes of one "
+                f"state, not {self.state_memory / MIB:g} MiB."
+            )
+        return min(self.max_num_seqs, n_states)
+
+    def capacity(self, state_bytes: int) -> int:
+        """Requests of one text that an engine takes at a time, waiting ones included. Raises as `n_slots`."""
+        return self.n_slots(state_bytes) + self.max_queue_length
