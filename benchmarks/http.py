@@ -14,7 +14,7 @@ import typer
 
 from benchmarks.servers import AFT, serving
 from server import BUNDLED_MODEL
-from server.bench import run, run_fast
+from server.commands.bench import run, run_fast
 from server.engine import LLM, EngineConfig, SamplingParams
 
 PROMPT = "Once upon a time, in year"

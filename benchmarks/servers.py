@@ -24,7 +24,7 @@ from model import SentencePieceTokenizer, save_checkpoint
 from model.config import ModelConfig
 from model.families import family_of
 from server import BUNDLED_MODEL
-from server.bench import run, run_fast
+from server.commands.bench import run, run_fast
 
 AFT = (sys.executable, "-m", "server", "serve")
 

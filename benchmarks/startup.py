@@ -26,7 +26,7 @@ def main(rounds: int = 3, cold: Annotated[bool, typer.Option(help="Drop the page
                 os.sync()
                 Path("/proc/sys/vm/drop_caches").write_text("3")
             environment = {"XDG_CACHE_HOME": cache} if cold else {}
-            imports = seconds_of([sys.executable, "-c", "import server.cli"]) if not cold else None
+            imports = seconds_of([sys.executable, "-c", "import server.commands.main"]) if not cold else None
             first_token, ready_after = serve_and_ask(environment)
         parts = f", of which imports alone take {imports:.2f}" if imports else ""
         print(f"first token after {first_token:.2f} s; ready after {ready_after:.2f} s{parts}")

@@ -42,7 +42,7 @@ def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tup
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"Checkpoint folder {folder} has no file {name}.")
-    config = _load_config(folder / CONFIG_FILE)
+    config = load_config(folder / CONFIG_FILE)
     tokenizer = _load_tokenizer(folder, config)
     tensors = load_tensors(folder / WEIGHTS_FILE)
     model = family_of(config).empty(config)
@@ -99,7 +99,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _load_config(path: Path) -> ModelConfig:
+def load_config(path: Path) -> ModelConfig:
+    """Of a config.json. Raises CheckpointError."""
     try:
         fields: Any = json.loads(path.read_bytes())
     except ValueError as error:

@@ -13,23 +13,26 @@ from model.errors import ConfigError, ContextLengthError
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def about(text: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field that who makes a new model chooses, and what it is."""
+    return dataclasses.field(default=default, metadata={"text": text})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of a decoder. Raises ConfigError, naming the field, for any value out of range.
 
-    vocab_size           number of token ids
-    d_model              width of the residual stream
-    n_layer              number of blocks
-    tie_embeddings       the output projection is the embedding, not a matrix of its own
-    norm_eps             added to the variance in layer norms
-    dtype                dtype of the stored weights; the recurrent state is float32 whatever this says
+    vocab_size      number of token ids
+    tie_embeddings  the output projection is the embedding, not a matrix of its own
+    norm_eps        added to the variance in layer norms
+    dtype           dtype of the stored weights; the recurrent state is float32 whatever this says
     """
 
     family: ClassVar[str]  # "model_type" of config.json
 
     vocab_size: int
-    d_model: int
-    n_layer: int
+    d_model: int = about("Width of the residual stream.")
+    n_layer: int = about("Blocks.")
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     dtype: Dtype = "float32"
@@ -41,6 +44,11 @@ class ModelConfig:
         self._require(small, "norm_eps", "a number between 0 and 1")
         for name in ("vocab_size", "d_model", "n_layer"):
             self._require_positive(name)
+
+    @classmethod
+    def architectures(cls) -> dict[str, dict[str, Any]]:
+        """Those of the family by name, and the fields that make each."""
+        return {cls.family: {}}
 
     @property
     def architecture(self) -> str:

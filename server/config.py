@@ -1,104 +1,98 @@
-"""What `aft serve` is told, and the application made of it."""
+"""What `aft serve` is told."""
 
 from __future__ import annotations
 
-import math
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
-import torch
-from fastapi import FastAPI
+import typer
 
-from model.checkpoint import load_checkpoint
-from server.api.app import create_app
-from server.api.chat_template import ChatTemplate
+from server import BUNDLED_MODEL
 from server.api.config import APIConfig
-from server.engine import EngineConfig, LLMEngine, PrefixStore
+from server.engine import EngineConfig
 from server.errors import ConfigurationError
-from server.logs import LogFormat, configure_logging
-from server.sessions import SessionsConfig, open_prefix_store, open_store
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period's
-# The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
-SWITCH_SECONDS = 0.0005
+from server.logs import LogFormat
+from server.options import make, options_of
+from server.sessions import SessionsConfig
+from server.settings import check, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Raises ConfigurationError, naming the field, for values out of range. It can be sent to another process.
 
-    model          checkpoint folder
-    threads        CPU threads of a step; None is one for each core, as far as a container's quota goes
-    store          SQLite file or URL of a Redis that keeps sessions; None is in memory
-    prefix_store   bytes in the store for what leaves the prefix cache; 0 keeps nothing there
-    drain_timeout  seconds that running requests get at the end
-    replicas       processes that serve, at least; max_replicas: at most, None for as many as replicas
+    Sizes are in bytes. Replicas are processes that serve: at least `replicas`, at most `most_replicas`.
     """
 
-    model: Path
-    device: str
-    threads: int | None
-    host: str
-    port: int
-    store: str | None
-    prefix_store: int
-    drain_timeout: float
-    log_format: LogFormat
-    replicas: int
-    max_replicas: int | None
-    api: APIConfig
-    engine: EngineConfig
-    sessions: SessionsConfig
+    model: Path = setting(BUNDLED_MODEL, "Checkpoint folder.")
+    host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+    port: int = setting(8000, "Port to listen on; 0 for any that is free.", at_least=0, at_most=65535)
+    device: str = setting("cpu", "cpu, cuda, cuda:1, mps ...")
+    threads: int | None = setting(
+        None, "CPU threads of a step; if left out, one for each core that it may use.", at_least=1
+    )
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    store: str | None = setting(None, "SQLite file or redis:// URL that keeps sessions; in memory if left out.")
+    prefix_store: int = setting(0, "in the store for what leaves the prefix cache.", unit="MiB", at_least=0)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
+    api: APIConfig = field(default_factory=APIConfig)
+    drain_timeout: float = setting(30.0, "Seconds that running requests get after SIGTERM.", at_least=0)
+    log_format: LogFormat = setting("text", "Log lines for people or for machines.")
+    replicas: int = setting(1, "Replicas, with --ray.", at_least=1)
+    max_replicas: int | None = setting(None, "Replicas under load, with --ray; no more than without it if left out.")
 
     def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ConfigurationError(f"replicas must be at least 1, not {self.replicas}.")
+        check(self)
         if self.most_replicas < self.replicas:
             raise ConfigurationError(
                 f"max_replicas must be at least replicas = {self.replicas}, not {self.max_replicas}."
             )
         if self.most_replicas > 1 and self.store is None:
             raise ConfigurationError("store must be given for several replicas, which share it.")
+        if self.prefix_store and self.store is None:
+            raise ConfigurationError("prefix_store needs store, an SQLite file or a Redis; set it or leave both out.")
+        if self.prefix_store and not self.engine.prefix_cache_bytes:
+            raise ConfigurationError(
+                "prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1."
+            )
 
     @property
     def most_replicas(self) -> int:
         return self.replicas if self.max_replicas is None else self.max_replicas
 
-    def build(self) -> FastAPI:
-        """Make this process ready to serve, and the application that does. Raises ModelError and ConfigurationError."""
-        configure_logging(self.log_format)
-        network, tokenizer = load_checkpoint(self.model, self.device)
-        torch.set_num_threads(self.threads or available_cores())
-        sys.setswitchinterval(SWITCH_SECONDS)
-        return create_app(
-            LLMEngine(network, tokenizer, self.engine),
-            self.api,
-            ChatTemplate.load(self.model),
-            open_store(self.store) if self.store else None,
-            self.sessions,
-            choose_prefix_store(self.store, self.prefix_store, self.engine),
-        )
+
+@options_of(ServerConfig)
+def server_config(
+    *,
+    model: Path,
+    store: str | None,
+    api_keys: str | None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in /v1/models and in requests; the folder's if left out.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys that requests must send, one in a line.")
+    ] = None,
+    **options: Any,
+) -> ServerConfig:
+    """Of the options of `aft serve`, for any working folder. Raises ConfigurationError."""
+    model = model.resolve()
+    store = store if store is None or "://" in store else str(Path(store).resolve())
+    config = make(ServerConfig, {**options, "model": model, "store": store})
+    keys = _api_keys(api_keys, api_key_file)
+    return replace(config, api=replace(config.api, model_name=served_model_name or model.name, api_keys=keys))
 
 
-def available_cores() -> int:
-    """A container may be allowed less than PyTorch sees."""
+def _api_keys(given: str | None, path: Path | None) -> tuple[str, ...]:
+    """Raises ConfigurationError where keys are asked for and there is none: an empty file must not open the server."""
+    if given is None and path is None:
+        return ()
     try:
-        quota, period = CPU_QUOTA.read_text().split()
-        allowed = math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):  # "max", or no cgroup
-        return torch.get_num_threads()
-    return max(1, min(allowed, torch.get_num_threads()))
-
-
-def choose_prefix_store(store: str | None, max_bytes: int, config: EngineConfig) -> PrefixStore | None:
-    """Raises ConfigurationError, also for what could never be used."""
-    if max_bytes < 0:
-        raise ConfigurationError(f"prefix_store must be at least 0, not {max_bytes // 2**20}.")
-    if not max_bytes:
-        return None
-    if not store:
-        raise ConfigurationError("prefix_store needs store, an SQLite file or a Redis; set it or leave both out.")
-    if not config.prefix_cache_bytes:
-        raise ConfigurationError("prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1.")
-    return open_prefix_store(store, max_bytes)
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"api_key_file cannot be read: {error}.") from error
+    keys = (*(given or "").split(), *(line.strip() for line in lines if line.strip()))
+    if not keys:
+        raise ConfigurationError("api_keys and api_key_file hold no key; leave them out to serve everyone.")
+    return keys

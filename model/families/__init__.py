@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
 from model.config import ModelConfig
 from model.errors import ConfigError
@@ -17,6 +19,39 @@ FAMILIES: dict[str, type[LanguageModel]] = {
 
 def family_of(config: ModelConfig) -> type[LanguageModel]:
     return FAMILIES[config.family]
+
+
+def architectures() -> dict[str, tuple[type[LanguageModel], dict[str, Any]]]:
+    """By name: a family, and the fields that make it that architecture."""
+    return {
+        name: (family, fields)
+        for family in FAMILIES.values()
+        for name, fields in family.config_class.architectures().items()
+    }
+
+
+def fields_to_choose(defaults: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, None, str]]:
+    """Of all families, those that who makes a new model chooses: type, None, and what it is.
+
+    defaults: what a field is that is not given, to be told.
+    """
+    chosen = {}
+    for family in FAMILIES.values():
+        types = get_type_hints(family.config_class)
+        for field in dataclasses.fields(family.config_class):
+            if text := field.metadata.get("text"):
+                default = (defaults or {}).get(field.name)
+                text = text if default is None else f"{text} {default} if left out."
+                chosen[field.name] = (types[field.name] | None, None, text)
+    return chosen
+
+
+def config_of(architecture: str, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
+    """A new model's. defaults: of fields that are not given, where the family has them. Raises ConfigError."""
+    family, own = architectures()[architecture]
+    known = {field.name for field in dataclasses.fields(family.config_class)}
+    kept = {name: value for name, value in defaults.items() if name in known}
+    return family.config_class.from_dict({**kept, **fields, **own})
 
 
 def config_from_dict(fields: dict[str, Any]) -> ModelConfig:

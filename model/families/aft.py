@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.activation import Activation
-from model.config import ModelConfig
+from model.config import ModelConfig, about
 from model.kernel import Program, Rows
 from model.language_model import Block, LanguageModel
 from model.ops import Ops, X
@@ -27,27 +27,19 @@ Variant = Literal["simple", "conv", "local", "full"]
 class AFTConfig(ModelConfig):
     """Architecture of an AFT. Raises ConfigError, naming the field, for any value out of range.
 
-    The last column names the variants that use a field; for the others it has no effect, so that one set of values
-    can describe a comparison of variants.
-
-    variant              position bias: none, per head by distance, factorised in the window, factorised everywhere
-    n_head               heads: each has one key for its d_model / n_head features            conv
-    window               a bias reaches over the last `window` tokens, the current included   conv, local
-    d_bias               inner size of the factorised bias u_t . v_t'                         local, full
-    max_positions        positions 0 .. max_positions - 1 exist, no more       local, full, position_embeddings
-    d_ff                 inner width of the feed-forward layer; 4 * d_model if left out
-    position_embeddings  add a learned embedding per position, as the paper does; bounds the context
+    variant: position bias: none, per head by distance, factorised in the window, factorised everywhere. Fields that
+    only some variants use have no effect on the others, so that one set of values can describe a comparison of them.
     """
 
     family = "aft"
 
     variant: Variant
-    n_head: int = 1
-    window: int = 32
-    d_bias: int = 32
-    max_positions: int = 1024
-    d_ff: int | None = None
-    position_embeddings: bool = False
+    n_head: int = about("Heads, each with one key for its d_model / n_head features (conv).", 1)
+    window: int = about("Tokens that a bias reaches, the current included (conv, local).", 32)
+    d_bias: int = about("Inner size of the factorised bias (local, full).", 32)
+    max_positions: int = about("Longest sequence (local, full, position_embeddings).", 1024)
+    d_ff: int | None = about("Inner width of the feed-forward layer; 4 * d_model.", None)
+    position_embeddings: bool = about("Learned position embeddings, as in the paper; they bound the context.", False)
 
     def __post_init__(self) -> None:
         self._require(self.variant in get_args(Variant), "variant", f"one of {', '.join(get_args(Variant))}")
@@ -59,6 +51,10 @@ class AFTConfig(ModelConfig):
         self._require(self.d_model % self.n_head == 0, "n_head", f"a divisor of d_model = {self.d_model}")
         if self.variant == "local":
             self._require(self.window <= self.max_positions, "window", f"at most max_positions = {self.max_positions}")
+
+    @classmethod
+    def architectures(cls) -> dict[str, dict[str, Any]]:
+        return {variant: {"variant": variant} for variant in get_args(Variant)}
 
     @property
     def architecture(self) -> str:

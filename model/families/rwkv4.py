@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.activation import Activation
-from model.config import ModelConfig
+from model.config import ModelConfig, about
 from model.errors import ConfigError
 from model.language_model import Block, LanguageModel
 from model.ops import Ops, X
@@ -26,14 +26,11 @@ TIME_MIX, CHANNEL_MIX = range(2)  # rows of RWKV4Layer.shifted
 
 @dataclass(frozen=True, kw_only=True)
 class RWKV4Config(ModelConfig):
-    """Architecture of an RWKV-4. Raises ConfigError, naming the field, for any value out of range.
-
-    d_ff  inner width of the channel mix; 4 * d_model if left out
-    """
+    """Architecture of an RWKV-4. Raises ConfigError, naming the field, for any value out of range."""
 
     family = "rwkv4"
 
-    d_ff: int | None = None
+    d_ff: int | None = about("Inner width of the feed-forward layer; 4 * d_model.", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,1 +1,1 @@
-"""Training: text in, checkpoint folder out. Run as `python -m model.training`."""
+"""Training: text in, checkpoint folder out. Run as `aft train`."""

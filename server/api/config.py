@@ -5,34 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.errors import ConfigurationError
+from server.settings import check, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class APIConfig:
-    """Raises ConfigurationError, naming the field, for values out of range.
+    """Raises ConfigurationError, naming the field, for values out of range. Sizes are in bytes.
 
-    model_name       what /v1/models lists and requests may ask for
-    request_timeout  seconds after which a request fails, waiting included; None for never
-    max_body_size    bytes of a request's body at most
-    max_prompts      prompts of a request at most
-    api_keys         what requests must send as "Authorization: Bearer KEY"; without any, everyone is served
-    cors_origins     web origins whose pages may read answers; "*" for all
-    otlp_endpoint    address of an OpenTelemetry collector that traces go to over HTTP; None for no traces
+    model_name: what /v1/models lists and requests may ask for. Keys are sent as "Authorization: Bearer KEY"; without
+    any, everyone is served. The time of a request has its waiting in it.
     """
 
     model_name: str = "aft"
-    request_timeout: float | None = None
-    max_body_size: int = 4 * 2**20
-    max_prompts: int = 128
-    api_keys: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    otlp_endpoint: str | None = None
+    max_body_size: int = setting(4 * 2**20, "of a request's body.", unit="MiB", positive=True)
+    max_prompts: int = setting(128, "Prompts of a request.", at_least=1)
+    request_timeout: float | None = setting(None, "Seconds after which a request fails.", positive=True)
+    api_keys: tuple[str, ...] = setting(
+        (), "Keys that requests must send, separated by spaces. Better in AFT_API_KEYS than here."
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (), "Web origins whose pages may read answers, separated by spaces; * for all."
+    )
+    otlp_endpoint: str | None = setting(None, "OpenTelemetry collector that gets traces, http://host:4318 say.")
 
     def __post_init__(self) -> None:
-        for name in ("max_body_size", "max_prompts"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.request_timeout is not None and not self.request_timeout > 0:
-            raise ConfigurationError(f"request_timeout must be positive, not {self.request_timeout}.")
+        check(self)
         if not all(key.isascii() and key.isprintable() and " " not in key and key for key in self.api_keys):
             raise ConfigurationError("api_keys must be of printable ASCII characters without spaces.")

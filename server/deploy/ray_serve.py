@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from server import cli
+from server.config import server_config
 from server.deploy.replicas import application
+from server.options import from_environment
 
-app = cli.app(["serve", "--ray"], standalone_mode=False, obj=application)
+app = application(from_environment(server_config))

@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.assemble import assemble, state_bytes
 from server.config import ServerConfig
 from server.draining import drain
 from server.errors import ConfigurationError
@@ -30,7 +31,7 @@ class Replica:
         self._config = config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = self._config.build()
+        app = assemble(self._config)
         self._engine = app.state.context.engine
         app.add_middleware(ReplicaHeader, replica_id=serve.get_replica_context().replica_tag)
         return app
@@ -67,7 +68,9 @@ def application(config: ServerConfig) -> serve.Application:
         raise ConfigurationError(
             f"device must be cpu or cuda with --ray, which gives replicas their GPUs, not {config.device}."
         )
-    capacity = config.engine.max_num_seqs + config.engine.max_queue_length
+    # Where the checkpoint is on the machines of the replicas only, their memory is taken to be enough.
+    size = state_bytes(config.model) or 1
+    capacity = config.engine.capacity(size)
     options: dict[str, Any] = {
         # As many as the engine takes, so that a full replica is passed over and not asked to refuse.
         "max_ongoing_requests": capacity,
@@ -88,20 +91,20 @@ def application(config: ServerConfig) -> serve.Application:
         # What fails to start does so for a reason that does not pass, such as a missing file.
         "max_constructor_retry_count": 1,
         "logging_config": LoggingConfig(enable_access_log=False),  # the server writes its own
-        **_number_of_replicas(config),
+        **_number_of_replicas(config, config.engine.n_slots(size)),
     }
     deployment: serve.Deployment = serve.deployment(**options)(Replica)
     return deployment.bind(config)
 
 
-def _number_of_replicas(config: ServerConfig) -> dict[str, Any]:
+def _number_of_replicas(config: ServerConfig, n_slots: int) -> dict[str, Any]:
     if config.most_replicas == config.replicas:
         return {"num_replicas": config.replicas}
     # The aim is a full batch in each replica, and nobody waiting.
     autoscaling = AutoscalingConfig(
         min_replicas=config.replicas,
         max_replicas=config.most_replicas,
-        target_ongoing_requests=config.engine.max_num_seqs,
+        target_ongoing_requests=n_slots,
     )
     return {"autoscaling_config": autoscaling}
 

@@ -2,59 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from model.runner import Quantization
-
+from model.backends.native.matrices import FORMATS
 from server.errors import ConfigurationError
+from server.settings import MIB, check, setting
 
 DEFAULT_MAX_MODEL_LEN = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Raises ConfigurationError, naming the field, for values out of range.
+    """Raises ConfigurationError, naming the field, for values out of range. Sizes are in bytes.
 
-    max_model_len           tokens of a prompt and its text together at most; None is what the model can read, or
-                            DEFAULT_MAX_MODEL_LEN if it can read any number
-    max_num_seqs            texts decoded at a time
-    state_memory            bytes for their states; if it is too small for max_num_seqs, fewer are decoded
-    max_queue_length        requests that may wait; beyond them, OverloadedError
-    chunk_size              tokens of a prompt read at a time; other texts wait that long for their next token
-    max_num_batched_tokens  tokens of a step, decoded and read together; None is max_num_seqs + chunk_size
-    prefix_cache_bytes      memory for states after prompts that may come again; 0 turns the cache off
-    max_grammar_length      characters of a JSON schema or regular expression at most
-    grammar_timeout         seconds in which it must compile
-    batch_invariant         every request gives bitwise the same tokens and log-probabilities alone and in any batch,
-                            with and without cached prefixes. The compiled kernels always do; where PyTorch runs the
-                            model, the price is always decoding a full batch, and log-probabilities of vocabularies
-                            over 32,768 tokens may differ in the last bit
-    quantize                "int8" keeps matrices as whole numbers of 8 bits, a scale for each row; CPUs only
+    max_model_len that is left out is DEFAULT_MAX_MODEL_LEN for a model that can read any number. What batch_invariant
+    makes the same are tokens and log-probabilities, with and without cached prefixes; the compiled kernels always do.
+    Where PyTorch runs the model, the price is always decoding a full batch, and log-probabilities of vocabularies over
+    32,768 tokens may differ in the last bit. max_num_batched_tokens is of a step, decoded and read together; None is
+    max_num_seqs + chunk_size.
     """
 
-    max_model_len: int | None = None
-    max_num_seqs: int = 32
-    state_memory: int = 2**30
-    max_queue_length: int = 256
-    chunk_size: int = 256
+    max_model_len: int | None = setting(
+        None, "Tokens of a prompt and its text together; what the model can read if left out.", at_least=2
+    )
+    max_num_seqs: int = setting(32, "Texts that are decoded at a time.", at_least=1)
+    state_memory: int = setting(2**30, "for their states; a bound on --max-num-seqs.", unit="MiB", positive=True)
+    max_queue_length: int = setting(256, "Requests that may wait; beyond it, 429.", at_least=0)
+    chunk_size: int = setting(256, "Tokens of a prompt read at a time, between tokens of others.", at_least=1)
     max_num_batched_tokens: int | None = None
-    prefix_cache_bytes: int = 2**28
-    max_grammar_length: int = 2**16
-    grammar_timeout: float = 5.0
-    batch_invariant: bool = False
-    quantize: Quantization | None = None
+    prefix_cache_bytes: int = setting(
+        2**28, "of states after prompts that may come again.", name="prefix_cache", unit="MiB", at_least=0
+    )
+    max_grammar_length: int = setting(2**16, "Characters of a JSON schema or regular expression.", at_least=1)
+    grammar_timeout: float = setting(5.0, "Seconds in which a grammar must compile.", positive=True)
+    batch_invariant: bool = setting(False, "Bitwise the same text in any batch; slower where no compiled kernels run.")
+    quantize: str | None = setting(
+        None, "Format that matrices are kept in, if not as they are stored; CPUs only.", choices=tuple(FORMATS)
+    )
 
     def __post_init__(self) -> None:
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigurationError(f"max_model_len must be at least 2, not {self.max_model_len}.")
-        if not self.grammar_timeout > 0:
-            raise ConfigurationError(f"grammar_timeout must be positive, not {self.grammar_timeout}.")
-        for name in ("max_num_seqs", "state_memory", "chunk_size", "max_grammar_length"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("max_queue_length", "prefix_cache_bytes"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        check(self)
         if self.batched_tokens < self.max_num_seqs + self.chunk_size:
             least = self.max_num_seqs + self.chunk_size
             raise ConfigurationError(
@@ -66,3 +54,20 @@ class EngineConfig:
     def batched_tokens(self) -> int:
         given = self.max_num_batched_tokens
         return self.max_num_seqs + self.chunk_size if given is None else given
+
+    def n_slots(self, state_bytes: int) -> int:
+        """Texts that are decoded at a time, if the state of one has that many bytes.
+
+        Raises ConfigurationError where there is no memory for one.
+        """
+        n_states = self.state_memory // state_bytes
+        if n_states < 1:
+            raise ConfigurationError(
+                f"state_memory must be at least {math.ceil(state_bytes / MIB)} MiB, for the {state_bytes} bytes of one "
+                f"state, not {self.state_memory / MIB:g} MiB."
+            )
+        return min(self.max_num_seqs, n_states)
+
+    def capacity(self, state_bytes: int) -> int:
+        """Requests of one text that an engine takes at a time, waiting ones included. Raises as `n_slots`."""
+        return self.n_slots(state_bytes) + self.max_queue_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from server.engine.config import EngineConfig
 from server.engine.llm_engine import LLMEngine
 from server.engine.request import PromptLogprob, Request, RequestOutput, TokenOutput
 from server.engine.structured_output import GrammarCompiler
-from server.errors import ServerError
+from server.errors import InvalidRequestError, ServerError
 
 Prompt = str | list[int]
 
@@ -47,6 +48,7 @@ class LLM:
         model, self.tokenizer = load_checkpoint(path, device)
         self.engine = LLMEngine(model, self.tokenizer, config)
         self._grammars = GrammarCompiler(self.tokenizer)
+        self._is_streaming = False
 
     def generate(self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams]) -> list[Result]:
         """Results in the order of `prompts`; params for all of them, or one for each."""
@@ -58,13 +60,49 @@ class LLM:
     ) -> Iterator[tuple[int, Result]]:
         """(index of the prompt, result) as they are done. A prompt that fails has a result with an error.
 
-        One stream at a time; closing it drops what is not done.
+        One stream at a time, of these or of `tokens`; closing it drops what is not done.
         """
-        if self.engine.has_work:
-            raise RuntimeError("Another stream of this LLM is not done; close it first.")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(each) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts, but {len(each)} parameters.")
+        with self._alone():
+            yield from self._stream(prompts, each)
+
+    def tokens(self, prompt: Prompt, params: SamplingParams) -> Iterator[TokenOutput]:
+        """The tokens of one text as they come. One stream at a time, as `stream` says.
+
+        Raises what `generate` puts into the result, and InvalidRequestError for parameters of several texts.
+        """
+        if params.n_generated > 1:
+            raise InvalidRequestError(f"n and best_of must be 1 for the tokens of one text, not {params.n_generated}.")
+        with self._alone():
+            request = self._add("0", prompt, params)
+            try:
+                while True:
+                    for output in self._step():
+                        if output.request_id != request.request_id:
+                            continue
+                        if output.error is not None:
+                            raise output.error
+                        if output.token is not None:
+                            yield output.token
+                        if output.finish_reason is not None:
+                            return
+            finally:
+                self.engine.abort_request(request.request_id)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises RuntimeError while another stream is open: their requests would be taken for one another's."""
+        if self._is_streaming or self.engine.has_work:
+            raise RuntimeError("Another stream of this LLM is not done; close it first.")
+        self._is_streaming = True
+        try:
+            yield
+        finally:
+            self._is_streaming = False
+
+    def _stream(self, prompts: Items[Prompt], each: Items[SamplingParams]) -> Iterator[tuple[int, Result]]:
         pending: dict[str, tuple[int, Request, list[Completion]]] = {}
         next_prompt = 0
         try:
@@ -79,7 +117,7 @@ class LLM:
                         completions = [Completion(i) for i in range(request.params.n_generated)]
                         pending[request.request_id] = next_prompt, request, completions
                     next_prompt += 1
-                for output in self.engine.step():
+                for output in self._step() if pending else ():
                     index, request, completions = pending[output.request_id]
                     if _is_done(output, completions):
                         del pending[output.request_id]
@@ -88,18 +126,11 @@ class LLM:
             for request_id in pending:
                 self.engine.abort_request(request_id)
 
-    def tokens(self, prompt: Prompt, params: SamplingParams) -> Iterator[TokenOutput]:
-        """The tokens of one text as they come. Raises what `generate` puts into the result."""
-        self._add("0", prompt, params)
-        try:
-            while self.engine.has_work:
-                for output in self.engine.step():
-                    if output.error is not None:
-                        raise output.error
-                    if output.token is not None:
-                        yield output.token
-        finally:
-            self.engine.abort_request("0")
+    def _step(self) -> list[RequestOutput]:
+        """Raises RuntimeError if there is nothing to step, though a request is not done: it would never be."""
+        if not self.engine.has_work:
+            raise RuntimeError("The engine has no work left, and requests that are not done: somebody aborted them.")
+        return self.engine.step()
 
     def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt

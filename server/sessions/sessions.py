@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from server.engine import Conversation, LLMEngine
-from server.errors import BusySessionError, ConfigurationError, NotFoundError, QuotaError
+from server.errors import BusySessionError, NotFoundError, QuotaError
 from server.sessions.store import Session, SessionStore
+from server.settings import check, setting
 
 EMPTY = b""  # the conversation of a session without turns
 
@@ -19,18 +20,14 @@ EMPTY = b""  # the conversation of a session without turns
 class SessionsConfig:
     """Raises ConfigurationError, naming the field, for values out of range.
 
-    session_ttl    seconds after its last use when a session is forgotten
-    max_sessions   of one API key, or of everyone together where there are no keys
+    Where there are no API keys, max_sessions is of everyone together.
     """
 
-    session_ttl: float = 86_400.0
-    max_sessions: int = 10_000
+    session_ttl: float = setting(86_400, "Seconds after its last use when a session is forgotten.", positive=True)
+    max_sessions: int = setting(10_000, "Sessions of one API key.", at_least=1)
 
     def __post_init__(self) -> None:
-        if not self.session_ttl > 0:
-            raise ConfigurationError(f"session_ttl must be positive, not {self.session_ttl}.")
-        if self.max_sessions < 1:
-            raise ConfigurationError(f"max_sessions must be at least 1, not {self.max_sessions}.")
+        check(self)
 
 
 class Sessions:

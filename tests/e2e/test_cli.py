@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from server.config import choose_prefix_store
+from server.config import ServerConfig
 from server.engine import EngineConfig
 from server.errors import ConfigurationError
 from tests.e2e.conftest import Server
@@ -48,8 +48,8 @@ def test_a_prefix_store_that_could_not_be_used_is_refused(tmp_path: Path) -> Non
         (path, 2**20, 0, "prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1"),
     ):
         with pytest.raises(ConfigurationError, match=sentence):
-            choose_prefix_store(store, max_bytes, EngineConfig(prefix_cache_bytes=cache))
-    assert choose_prefix_store(None, 0, EngineConfig()) is None
+            ServerConfig(store=store, prefix_store=max_bytes, engine=EngineConfig(prefix_cache_bytes=cache))
+    assert ServerConfig().prefix_store == 0
 
 
 def test_help_lists_the_variable_of_every_option() -> None:

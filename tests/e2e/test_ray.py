@@ -23,6 +23,7 @@ import yaml
 from fastapi.testclient import TestClient
 
 from model import load_checkpoint
+from server import BUNDLED_MODEL
 from server.api.app import create_app
 from server.engine import EngineConfig, LLMEngine
 from tests.e2e.conftest import Server
@@ -227,13 +228,32 @@ def test_replicas_that_do_not_start_say_why(tmp_path: Path) -> None:
     assert line.endswith(f"Checkpoint folder {tmp_path} has no file config.json.")
 
 
+def built(folder: Path, **variables: str) -> Any:
+    """The deployment that Ray makes of AFT_* variables."""
+    command = [sys.executable, "-m", "ray.serve.scripts", "build", "server.deploy.ray_serve:app"]
+    subprocess.run([*command, "-o", str(folder / "serve.yaml")], check=True, env={**os.environ, **variables})
+    (replica,) = yaml.safe_load((folder / "serve.yaml").read_text())["applications"][0]["deployments"]
+    return replica
+
+
 def test_serve_run_has_the_options_as_variables(tmp_path: Path) -> None:
     variables = {"AFT_REPLICAS": "2", "AFT_MAX_REPLICAS": "4", "AFT_STORE": "redis://host", "AFT_DEVICE": "cuda"}
     variables |= {"AFT_MAX_NUM_SEQS": "7", "AFT_MAX_QUEUE_LENGTH": "20", "AFT_DRAIN_TIMEOUT": "60", "AFT_THREADS": "3"}
-    command = [sys.executable, "-m", "ray.serve.scripts", "build", "server.deploy.ray_serve:app"]
-    subprocess.run([*command, "-o", str(tmp_path / "serve.yaml")], check=True, env={**os.environ, **variables})
-    (replica,) = yaml.safe_load((tmp_path / "serve.yaml").read_text())["applications"][0]["deployments"]
+    replica = built(tmp_path, **variables)
     assert replica["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 4, "target_ongoing_requests": 7}
     assert replica["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 1}
     assert (replica["max_ongoing_requests"], replica["max_queued_requests"]) == (27, 27)
     assert replica["graceful_shutdown_timeout_s"] > 60
+
+
+def test_a_replica_is_sent_what_it_has_memory_for(tmp_path: Path) -> None:
+    """And no more, which it would refuse; the state of the bundled model is under a fifth of a MiB."""
+    variables = {"AFT_MAX_NUM_SEQS": "7", "AFT_MAX_QUEUE_LENGTH": "20", "AFT_STATE_MEMORY": "1"}
+    several = {"AFT_MAX_REPLICAS": "2", "AFT_STORE": "redis://host"}
+    model, tokenizer = load_checkpoint(BUNDLED_MODEL)
+    engine = LLMEngine(model, tokenizer, EngineConfig(max_num_seqs=7, max_queue_length=20, state_memory=2**20))
+    with TestClient(create_app(engine)) as client:
+        taken = client.get("/info").json()["max_concurrent_requests"]
+    replica = built(tmp_path, **variables, **several)
+    assert replica["max_ongoing_requests"] == taken == 25
+    assert replica["autoscaling_config"]["target_ongoing_requests"] == 5

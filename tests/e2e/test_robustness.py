@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from server.api.openai.protocol import ChatCompletionRequest, CompletionRequest
 from server.api.tgi.protocol import GenerateRequest, StreamRequest
 from server.api.tokenize import DetokenizeRequest, TokenizeRequest
-from server.bench import stream
+from server.commands.bench import stream
 from tests.e2e.conftest import Server
 
 N_MALFORMED = 5000

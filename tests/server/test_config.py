@@ -1,14 +1,16 @@
-"""Replicas: what is refused before anything starts."""
+"""Settings of a server: what is refused before anything starts, and what is known by then."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from server import cli, config
+from model import AFTForCausalLM, Tokenizer, save_checkpoint
+from server.assemble import state_bytes
+from server.commands.main import app
+from server.engine import EngineConfig, LLMEngine
 from server.errors import ConfigurationError
 
 STORE = ["--store", "sessions.sqlite"]
@@ -16,7 +18,7 @@ STORE = ["--store", "sessions.sqlite"]
 
 def refusal(*arguments: str) -> str:
     with pytest.raises(ConfigurationError) as error:
-        cli.app(["serve", *arguments], standalone_mode=False)
+        app(["serve", *arguments], standalone_mode=False)
     return str(error.value)
 
 
@@ -36,15 +38,23 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     assert refusal("--ray") == "ray needs Ray Serve: pip install 'ray[serve]'."
 
 
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("9000000 100000", 64), ("max 100000", 64)],
-)
-def test_a_container_has_the_threads_that_its_quota_pays_for(
-    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("n_states", [1, 2, 100])
+def test_an_engine_has_the_slots_that_its_config_tells(
+    n_states: int, network: AFTForCausalLM, tokenizer: Tokenizer
 ) -> None:
-    monkeypatch.setattr(config, "CPU_QUOTA", tmp_path / "cpu.max")
-    with mock.patch("torch.get_num_threads", return_value=64):
-        assert config.available_cores() == 64
-        (tmp_path / "cpu.max").write_text(f"{quota}\n")
-        assert config.available_cores() == cores
+    size = network.init_state(1).nbytes
+    config = EngineConfig(max_num_seqs=3, state_memory=n_states * size + 1, max_queue_length=5)
+    n_slots = LLMEngine(network, tokenizer, config).pool.n_slots
+    assert n_slots == config.n_slots(size) == min(3, n_states)
+    assert config.capacity(size) == n_slots + 5
+    with pytest.raises(ConfigurationError, match=f"state_memory must be at least 1 MiB, for the {size} bytes"):
+        EngineConfig(state_memory=size - 1).n_slots(size)
+
+
+def test_the_bytes_of_a_state_are_known_without_weights(
+    network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    assert state_bytes(tmp_path) is None
+    save_checkpoint(tmp_path, network, tokenizer)
+    (tmp_path / "model.safetensors").unlink()
+    assert state_bytes(tmp_path) == network.init_state(1).nbytes

@@ -13,10 +13,11 @@ import typer
 import yaml
 
 from model import load_checkpoint
-from server import cli
 from server.api.app import create_app
-from server.config import ServerConfig
+from server.commands.main import app
+from server.config import ServerConfig, server_config
 from server.engine import LLMEngine
+from server.options import from_environment
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 KUBERNETES = ("1.30", kubernetes_validate.latest_version())  # the oldest that knows preStop's sleep, and the newest
@@ -53,8 +54,7 @@ def config_of(objects: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPat
     """What `aft serve` makes of the ConfigMap."""
     for name, value in objects["ConfigMap", "aft"]["data"].items():
         monkeypatch.setenv(name, value)
-    config: ServerConfig = cli.app(["serve"], standalone_mode=False, obj=lambda config: config)
-    return config
+    return from_environment(server_config)
 
 
 @pytest.mark.parametrize("release", KUBERNETES)
@@ -65,7 +65,7 @@ def test_kubernetes_accepts_them(objects: dict[tuple[str, str], Any], release: s
 
 
 def test_variables_are_options_of_the_server(objects: dict[tuple[str, str], Any]) -> None:
-    serve = typer.main.get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     options = {f"AFT_{option.name.upper()}" for option in serve.params}
     assert objects["ConfigMap", "aft"]["data"].keys() <= options - {"AFT_API_KEYS"}  # these are in a Secret
     sources = pod_of(objects)["containers"][0]["envFrom"]

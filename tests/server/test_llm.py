@@ -7,6 +7,7 @@ import pytest
 from model import load_checkpoint
 from model.generate import generate
 from server.engine import LLM, Completion, EngineConfig, Grammar, SamplingParams, TokenOutput, best
+from server.errors import InvalidRequestError
 
 PROMPTS = ["the fox", "a bird", "", "Ann had"]
 
@@ -67,3 +68,52 @@ def test_leaving_the_stream_frees_the_slots(llm: LLM) -> None:
         llm.generate(["d"], SamplingParams())
     stream.close()  # type: ignore[attr-defined]
     assert not llm.engine.has_work
+
+
+def test_tokens_are_those_of_one_text(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=3)
+    (result,) = llm.generate(["the fox"], params)
+    assert list(llm.tokens("the fox", params)) == result.completions[0].tokens
+    with pytest.raises(InvalidRequestError, match="not a valid regex"):
+        next(llm.tokens("a", SamplingParams(grammar=Grammar("regex", "("))))
+    assert list(llm.tokens("the fox", params)) == result.completions[0].tokens  # and nothing was left of that
+
+
+@pytest.mark.parametrize("params", [SamplingParams(n=2), SamplingParams(best_of=3)])
+def test_tokens_of_several_texts_are_refused(llm: LLM, params: SamplingParams) -> None:
+    with pytest.raises(InvalidRequestError, match=f"n and best_of must be 1 .*, not {params.n_generated}"):
+        next(llm.tokens("the fox", params))
+    assert not llm.engine.has_work
+
+
+def test_one_stream_at_a_time(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, temperature=1.0, seed=3)
+    (expected,) = llm.generate(["the fox"], params)
+    for outer in (llm.stream(["a", "b", "c"], SamplingParams(max_tokens=1)), llm.tokens("a", SamplingParams())):
+        next(outer)
+        for inner in (llm.tokens("the fox", params), llm.stream(["the fox"], params)):
+            with pytest.raises(RuntimeError, match="Another stream of this LLM is not done"):
+                next(inner)
+        outer.close()  # type: ignore[union-attr]
+        assert [token.token_id for token in llm.tokens("the fox", params)] == expected.completions[0].token_ids
+
+
+def test_a_stream_is_open_between_its_requests(llm: LLM) -> None:
+    """Also where the engine has no work, because the next prompts are not yet in it."""
+    stream = llm.stream(["\ud800", "a"], SamplingParams(max_tokens=1))
+    next(stream)
+    assert not llm.engine.has_work
+    with pytest.raises(RuntimeError, match="Another stream of this LLM is not done"):
+        next(llm.tokens("b", SamplingParams(max_tokens=1)))
+    assert next(stream)[0] == 1
+
+
+def test_what_was_aborted_is_not_waited_for(llm: LLM) -> None:
+    endless = SamplingParams(max_tokens=10**5, temperature=1.0)
+    stream = llm.stream(["a", "b"], [SamplingParams(max_tokens=1), endless])
+    for texts, request_id in ((stream, "1"), (llm.tokens("a", endless), "0")):
+        next(texts)
+        llm.engine.abort_request(request_id)
+        with pytest.raises(RuntimeError, match="no work left"):
+            next(texts)
+        assert not llm.engine.has_work

@@ -1,4 +1,4 @@
-"""`python -m model.training` as a user runs it: from text to a checkpoint folder, in one process and in two."""
+"""`aft train` as a user runs it: from text to a checkpoint folder, in one process and in two."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, "-m", "model.training", *arguments]
+    command = [*launcher, "-m", "server", "train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 

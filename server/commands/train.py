@@ -1,20 +1,21 @@
-"""`python -m model.training`: text files in, checkpoint folder out."""
+"""`aft train`: text files in, checkpoint folder out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
 
 from model.checkpoint import load_checkpoint, save_checkpoint
-from model.config import AFTConfig, Variant
-from model.errors import ConfigError, ModelError
+from model.errors import ConfigError
+from model.families import architectures, config_of, family_of, fields_to_choose
 from model.language_model import LanguageModel
 from model.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from model.training.config import TrainingConfig
@@ -22,14 +23,36 @@ from model.training.data import PackedBatches, Source, encode_documents, read_do
 from model.training.evaluate import bits_per_character
 from model.training.progress import ProgressReport, plot_history
 from model.training.trainer import Record, Trainer, init_processes, process_rank, write_history
+from server.options import option, options_of
 
 LOSS_CURVE_FILE, HISTORY_FILE = "loss.png", "training_log.jsonl"
 
 
-def main(
+# Of TrainingConfig's fields, what a command line says of those that it has.
+HELP = {
+    "validation": "Text file to report bits per character on.",
+    "steps": "Steps of the optimiser.",
+    "batch_size": "Sequences per step, over all processes.",
+    "context": "Tokens per sequence.",
+    "learning_rate": "Peak.",
+    "final_learning_rate": "Where the cosine after the peak ends.",
+    "warmup_steps": "Steps until the peak.",
+    "weight_decay": "Of matrices only.",
+    "gradient_clip": "Largest norm of the gradient.",
+    "seed": "The same seed gives the same batches and weights.",
+    "evaluate_every": "Steps between validations.",
+    "validation_documents": "Documents read by validations before the last.",
+    "checkpoint_every": "Steps between checkpoints.",
+}
+
+
+DEFAULTS = {"d_model": 256, "n_layer": 6, "n_head": 16}  # of an architecture, where it has them
+
+
+@options_of(TrainingConfig, HELP, [option(name, *of) for name, of in fields_to_choose(DEFAULTS).items()])
+def train(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],
-    validation: Annotated[Path | None, typer.Option(help="Text file to report bits per character on.")] = None,
     init: Annotated[
         Path | None, typer.Option(help="Checkpoint folder whose weights, shape and tokenizer the run starts from.")
     ] = None,
@@ -37,30 +60,14 @@ def main(
         Path | None, typer.Option(help="Tokenizer's file, or its folder, to use instead of a new one.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
-    variant: Annotated[Variant, typer.Option(help="Position bias.")] = "conv",
-    d_model: Annotated[int, typer.Option()] = 256,
-    n_layer: Annotated[int, typer.Option()] = 6,
-    n_head: Annotated[int, typer.Option(help="Heads of the key (conv).")] = 16,
-    window: Annotated[int, typer.Option(help="Tokens that a bias reaches (conv, local).")] = 32,
-    d_bias: Annotated[int, typer.Option(help="Inner size of the factorised bias (local, full).")] = 32,
-    max_positions: Annotated[int, typer.Option(help="Longest sequence, where the model has one.")] = 1024,
-    d_ff: Annotated[int | None, typer.Option(help="Inner width of the feed-forward layer; 4 * d-model.")] = None,
-    position_embeddings: Annotated[bool, typer.Option(help="Learned position embeddings, as in the paper.")] = False,
-    steps: Annotated[int, typer.Option()] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step, over all processes.")] = 16,
-    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 3e-3,
-    final_learning_rate: Annotated[float, typer.Option()] = 1e-4,
-    warmup_steps: Annotated[int, typer.Option()] = 100,
-    weight_decay: Annotated[float, typer.Option()] = 0.1,
-    gradient_clip: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 250,
-    validation_documents: Annotated[int, typer.Option(help="Documents read by validations before the last.")] = 64,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
+    variant: Annotated[
+        str, typer.Option(help="Architecture.", click_type=click.Choice(list(architectures())))
+    ] = "conv",
+    *,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile; needs a C++ compiler.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run whose state lies in the folder.")] = False,
+    **settings: Any,
 ) -> None:
     """Train an AFT language model. Documents are separated by a line <|endoftext|>.
 
@@ -68,23 +75,8 @@ def main(
     """
     target = choose_device(device)
     init_processes(target)
-    config = TrainingConfig(
-        data=tuple(Source.parse(text) for text in data),
-        validation=validation,
-        steps=steps,
-        batch_size=batch_size,
-        context=context,
-        learning_rate=learning_rate,
-        final_learning_rate=final_learning_rate,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        gradient_clip=gradient_clip,
-        seed=seed,
-        evaluate_every=evaluate_every,
-        validation_documents=validation_documents,
-        checkpoint_every=checkpoint_every,
-        compile=compile_loss,
-    )
+    shape = {name: settings.pop(name) for name in fields_to_choose()}
+    config = TrainingConfig(data=tuple(Source.parse(text) for text in data), compile=compile_loss, **settings)
     console = Console(quiet=process_rank() > 0)
     documents = [read_documents(source.path) for source in config.data]
     torch.manual_seed(config.seed)
@@ -93,19 +85,9 @@ def main(
         model.requires_grad_()
     else:
         words = prepare_tokenizer(out, tokenizer, config, documents, vocab_size, resume)
-        architecture = AFTConfig(
-            variant=variant,
-            vocab_size=words.vocab_size,
-            d_model=d_model,
-            n_layer=n_layer,
-            n_head=n_head,
-            window=window,
-            d_bias=d_bias,
-            max_positions=max_positions,
-            d_ff=d_ff,
-            position_embeddings=position_embeddings,
-        )
-        model = AFTForCausalLM(architecture).to(target)
+        given = {name: value for name, value in shape.items() if value is not None}
+        architecture = config_of(variant, {**given, "vocab_size": words.vocab_size}, DEFAULTS)
+        model = family_of(architecture)(architecture).to(target)
     streams = [(encode_documents(d, words), s.repeats) for d, s in zip(documents, config.data, strict=True)]
     batches = PackedBatches(streams, batch_size=config.batch_size, context=config.context, seed=config.seed)
     console.print(f"{model.num_parameters:,} parameters on {target}", highlight=False)
@@ -172,10 +154,3 @@ def choose_device(name: str) -> torch.device:
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
-
-
-if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except (ModelError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error

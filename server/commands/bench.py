@@ -93,7 +93,7 @@ async def run(
     return await asyncio.gather(*(one(body) for body in bodies))
 
 
-def main(
+def bench(
     url: Annotated[str, typer.Option(help="Address of the server, http only.")] = "http://127.0.0.1:8000",
     clients: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Streams in all.")] = 64,

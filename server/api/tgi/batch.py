@@ -1,0 +1,102 @@
+"""Requests of text-generation-inference's contract from a file, without HTTP.
+
+An input line is a body of POST /generate, `{"inputs": text, "parameters": {...}}`, with "id" if you like. An output
+line is `{"id": ..., "generated_text": ..., "details": {...}}` or `{"id": ..., "error": sentence}`; a line without an
+id is known by its number, from 0. Lines are written as they are done. A run that was stopped goes on when the same
+command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from model.errors import ModelError
+from model.sampling import SamplingParams
+from model.tokenizer import Tokenizer
+from server.api.tgi.protocol import parse_generate_request
+from server.api.tgi.serving import details, sampling_params
+from server.engine import LLM
+from server.engine.llm import Result
+from server.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class Item:
+    """A request. prefix: text to put before the answer's."""
+
+    item_id: Any
+    prompt: str
+    params: SamplingParams
+    prefix: str
+
+
+def read(source: Path, done: Collection[str]) -> tuple[list[Item], list[dict[str, Any]]]:
+    """The requests of the lines whose ids, as JSON, are not in `done`, and an answer to each that is none."""
+    items: list[Item] = []
+    refused: list[dict[str, Any]] = []
+    for item_id, fields in _lines(source):
+        if json.dumps(item_id) in done:
+            continue
+        try:
+            items.append(_parse(item_id, fields))
+        except (InvalidRequestError, ModelError) as error:
+            refused.append({"id": item_id, "error": str(error)})
+    return items, refused
+
+
+def answers(llm: LLM, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+    """An answer to each as it is done."""
+    for i, result in llm.stream([item.prompt for item in items], [item.params for item in items]):
+        yield {"id": items[i].item_id, **_answer(result, items[i], llm.tokenizer)}
+
+
+def finished_ids(target: Path) -> set[str]:
+    """Ids, as JSON, of the lines in `target`. Cuts off a last line that a stopped run left incomplete."""
+    if not target.exists():
+        return set()
+    content = target.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        target.write_bytes(whole)
+    return {json.dumps(json.loads(line)["id"]) for line in whole.splitlines()}
+
+
+def write(out: TextIO, answer: dict[str, Any]) -> None:
+    out.write(json.dumps(answer) + "\n")
+    out.flush()
+
+
+def _lines(source: Path) -> Iterator[tuple[Any, object]]:
+    """(id, JSON value) of every line that is not empty; the value is an InvalidRequestError if it is not JSON."""
+    with source.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                fields = InvalidRequestError(f"The line is not JSON: {error}.")
+            yield fields.pop("id", number) if isinstance(fields, dict) else number, fields
+
+
+def _parse(item_id: Any, fields: object) -> Item:
+    """Raises InvalidRequestError for what is not a request, SamplingError for parameters out of range."""
+    if isinstance(fields, InvalidRequestError):
+        raise fields
+    body = parse_generate_request(fields)
+    if body.stream or body.given.truncate is not None:
+        raise InvalidRequestError("stream and truncate have no meaning in a batch file; leave them out.")
+    return Item(item_id, body.inputs, sampling_params(body.given), body.prefix)
+
+
+def _answer(result: Result, item: Item, tokenizer: Tokenizer) -> dict[str, Any]:
+    if result.error is not None:
+        return {"error": str(result.error)}
+    (completion,) = result.completions
+    told = details(completion, item.params, result.num_cached_tokens, tokenizer)
+    kept = {"finish_reason", "generated_tokens", "seed", "cached_tokens"}
+    return {"generated_text": item.prefix + completion.text, "details": told.model_dump(include=kept)}

@@ -1,0 +1,1 @@
+"""The commands of `aft`, one in a file."""
