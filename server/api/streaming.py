@@ -40,8 +40,8 @@ async def open_streams(
     if session_id is not None:
         return [await _open_turn(http_request, context, prompts, params, session_id, **options)]
     streams: list[RequestStream] = http_request.state.record.streams
-    if len(prompts) > context.engine.capacity:
-        raise InvalidRequestError(f"There must be at most {context.engine.capacity} prompts, not {len(prompts)}.")
+    if len(prompts) > context.engine.info.capacity:
+        raise InvalidRequestError(f"There must be at most {context.engine.info.capacity} prompts, not {len(prompts)}.")
     try:
         for prompt in prompts:
             stream = await context.engine.submit(prompt, params, timeout=context.config.request_timeout, **options)
@@ -68,7 +68,7 @@ async def _open_turn(
         prompt = prompts[0]
         if turn.start is not None:  # only the first turn follows the token that starts every text
             options["add_special_tokens"] = False
-            start_id = context.engine.engine.tokenizer.end_of_text_id
+            start_id = context.engine.info.tokenizer.end_of_text_id
             prompt = prompt[1:] if isinstance(prompt, list) and prompt[:1] == [start_id] else prompt
         timeout = context.config.request_timeout
         stream = await context.engine.submit(

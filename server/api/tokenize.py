@@ -83,7 +83,7 @@ class TokenizerInfo(BaseModel):
 def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
     """The ids of a text: a list of tokens for `inputs`, an object of ids for `prompt` or `messages`."""
     # Not a coroutine, and its answer is made here: long texts must not hold up the streams of others.
-    tokenizer = context.engine.engine.tokenizer
+    tokenizer = context.engine.info.tokenizer
     check_model(context, body.model)
     encode = tokenizer.encode if body.add_special_tokens is False else tokenizer.encode_text
     if body.inputs is not None:
@@ -94,7 +94,7 @@ def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
         assert body.prompt is not None
         ids = [tokenizer.end_of_text_id] if body.prompt == END_OF_TEXT else encode(body.prompt)
     strings = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
-    told = {"tokens": ids, "count": len(ids), "max_model_len": context.engine.engine.max_model_len}
+    told = {"tokens": ids, "count": len(ids), "max_model_len": context.engine.info.max_model_len}
     return JSONResponse({**told, "token_strs": strings})
 
 
@@ -102,13 +102,13 @@ def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
 def detokenize(body: DetokenizeRequest, context: ContextOf) -> Text:
     """The text of token ids. Bytes that are not UTF-8 become U+FFFD; the end-of-text token is no text."""
     check_model(context, body.model)
-    return Text(prompt=context.engine.engine.tokenizer.decode(body.tokens))
+    return Text(prompt=context.engine.info.tokenizer.decode(body.tokens))
 
 
 @router.get("/tokenizer_info")
 def tokenizer_info(context: ContextOf) -> TokenizerInfo:
     """What a client needs to know of the tokenizer."""
-    tokenizer = context.engine.engine.tokenizer
+    tokenizer = context.engine.info.tokenizer
     return TokenizerInfo(
         tokenizer_class=type(tokenizer).__name__,
         vocab_size=tokenizer.vocab_size,

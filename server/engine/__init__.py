@@ -5,6 +5,7 @@ from server.engine.async_engine import AsyncEngine, RequestStream
 from server.engine.completion import Completion, best
 from server.engine.config import EngineConfig
 from server.engine.conversation import Conversation
+from server.engine.info import EngineInfo
 from server.engine.llm import LLM
 from server.engine.llm_engine import LLMEngine
 from server.engine.prefix_store import PrefixStore, StoredPrefixes
@@ -16,6 +17,7 @@ __all__ = [
     "Completion",
     "Conversation",
     "EngineConfig",
+    "EngineInfo",
     "FinishReason",
     "Grammar",
     "LLMEngine",

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from model.sampling import Grammar, SamplingParams
 from server.engine.conversation import Conversation
+from server.engine.info import EngineInfo
 from server.engine.llm_engine import LLMEngine
 from server.engine.prefix_cache import Prefix
 from server.engine.prefix_store import StoredPrefixes
@@ -125,12 +126,16 @@ class Observer(Protocol):
 
 
 class AsyncEngine:
-    """Owns the engine's thread between `start` and `stop`. Everything else is called from one event loop."""
+    """Owns the engine's thread between `start` and `stop`. Everything else is called from one event loop.
+
+    info: what there is to know of the engine, which nobody else touches.
+    """
 
     def __init__(
         self, engine: LLMEngine, observer: Observer | None = None, stored: StoredPrefixes | None = None
     ) -> None:
-        self.engine, self._observer, self._stored = engine, observer, stored
+        self._engine, self._observer, self._stored = engine, observer, stored
+        self.info = EngineInfo.of(engine)
         self._grammars = GrammarCompiler(engine.tokenizer)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
@@ -157,11 +162,6 @@ class AsyncEngine:
     def num_requests(self) -> int:
         """Requests accepted and not yet let go by their readers."""
         return self._n_open
-
-    @property
-    def capacity(self) -> int:
-        """Requests that can be accepted at a time."""
-        return self.engine.pool.n_slots + self.engine.config.max_queue_length
 
     async def drain(self, timeout: float) -> None:
         """Take no more requests; return when all have ended, or after `timeout` seconds."""
@@ -199,7 +199,7 @@ class AsyncEngine:
         """
         self._check_ready()
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        if self._n_requests >= self.capacity:
+        if self._n_requests >= self.info.capacity:
             raise OverloadedError(f"The queue is full: {self._n_requests} requests run or wait already.")
         self._n_requests += 1
         try:
@@ -215,7 +215,7 @@ class AsyncEngine:
                 keep_conversation=keep_conversation,
                 matcher=await self._compile(params.grammar) if params.grammar else None,
             )
-            self.engine.check_request(request)
+            self._engine.check_request(request)
             prefix = await self._look_up(request)
             self._check_ready()  # again: the engine may have stopped while the prompt was tokenised
         except BaseException:
@@ -230,7 +230,7 @@ class AsyncEngine:
         self, prompt: str | list[int], *, add_special_tokens: bool = True, truncate: int | None = None
     ) -> list[int]:
         """Token ids of a prompt, as `submit` reads it."""
-        tokenizer = self.engine.tokenizer
+        tokenizer = self.info.tokenizer
         if not isinstance(prompt, str):
             return prompt if truncate is None else prompt[-truncate:]
         long = len(prompt) > LONG_PROMPT
@@ -248,7 +248,7 @@ class AsyncEngine:
         return found
 
     async def _compile(self, grammar: Grammar) -> Matcher:
-        longest, timeout = self.engine.config.max_grammar_length, self.engine.config.grammar_timeout
+        longest, timeout = self._engine.config.max_grammar_length, self._engine.config.grammar_timeout
         if len(grammar.source) > longest:
             raise InvalidRequestError(
                 f"grammar must have at most {longest} characters here, not {len(grammar.source)}."
@@ -287,13 +287,13 @@ class AsyncEngine:
 
     def _run(self) -> None:
         while True:
-            while not self.engine.has_work or not self._commands.empty():
+            while not self._engine.has_work or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     return self._end_all(_shutting_down)
                 command()
             try:
-                outputs = self.engine.step()
+                outputs = self._engine.step()
             except Exception:
                 logger.exception("A step failed; every request ends with it.")
                 self._end_all(lambda: GenerationError("Generation failed in the server."))
@@ -308,18 +308,18 @@ class AsyncEngine:
     def _add(self, request: Request, stream: RequestStream, prefix: tuple[bytes, Prefix] | None) -> None:
         self._streams[request.request_id] = stream
         if prefix:
-            self.engine.prefix_cache.insert(*prefix)
-        self.engine.add_request(request)
+            self._engine.prefix_cache.insert(*prefix)
+        self._engine.add_request(request)
 
     def _abort(self, request_id: str) -> None:
         if self._streams.pop(request_id, None):
-            self.engine.abort_request(request_id)
+            self._engine.abort_request(request_id)
 
     def _end_all(self, make_error: Callable[[], ServerError]) -> None:
         # An error of its own for each stream: raising one keeps its traceback in it.
         outputs = []
         for request_id, stream in self._streams.items():
-            self.engine.abort_request(request_id)
+            self._engine.abort_request(request_id)
             outputs.append((stream, RequestOutput(request_id, error=make_error())))
         self._send(outputs)
 

@@ -45,7 +45,7 @@ def in_engine(tokenizer: Tokenizer, main: Callable[[AsyncEngine], Coroutine[Any,
 
         asyncio.run(started())
         assert engine.num_requests == 0
-    assert engine.engine.scheduler.n_free_slots == engine.engine.pool.n_slots
+    assert engine._engine.scheduler.n_free_slots == engine._engine.pool.n_slots
 
 
 async def ids(stream: RequestStream) -> list[int]:
@@ -141,7 +141,7 @@ def test_a_request_past_its_deadline_ends_with_an_error(tokenizer: Tokenizer) ->
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
         with (
-            mock.patch.object(engine.engine, "step", side_effect=RuntimeError("broken")),
+            mock.patch.object(engine._engine, "step", side_effect=RuntimeError("broken")),
             pytest.raises(GenerationError, match=r"^Generation failed in the server\.$"),
         ):
             await generate(engine)

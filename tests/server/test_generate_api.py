@@ -288,7 +288,8 @@ def test_info(client: TestClient) -> None:
     assert info["model_id"] == "aft"
     assert info["max_total_tokens"] == 2**20
     assert info["max_best_of"] == 32
-    assert info["state_bytes"] == client.app.state.context.engine.engine.pool.nbytes / 32  # type: ignore[attr-defined]
+    assert info["state_bytes"] == client.app.state.context.engine._engine.pool.nbytes / 32  # type: ignore[attr-defined]
+    assert info["max_concurrent_requests"] == client.app.state.context.engine.info.capacity == 32 + 256  # type: ignore[attr-defined]
 
 
 def test_health(client: TestClient) -> None:

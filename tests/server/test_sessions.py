@@ -247,7 +247,7 @@ def test_another_servers_turn_wins_if_it_was_first(
 ) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
-        other = Sessions(store, engine.engine)
+        other = Sessions(store, engine._engine)
         turn = await sessions.begin_turn(name, "me")
         await take_turn(other, engine, name, [1, 5])
         stored = await other.export(name, "me")

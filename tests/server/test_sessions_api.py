@@ -61,7 +61,7 @@ def turn(client: TestClient, session: str, inputs: str, path: str = "/generate",
 def test_a_conversation_is_one_long_request(
     path: str, client: TestClient, session: str, tokenizer: Tokenizer, network: AFTForCausalLM
 ) -> None:
-    engine = client.app.state.context.engine.engine  # type: ignore[attr-defined]
+    engine = client.app.state.context.engine._engine  # type: ignore[attr-defined]
     ids = [tokenizer.end_of_text_id]
     for i, said in enumerate(["The fox", " and the bird", " sat", ""][: 3 if "chat" in path else 4]):
         text = turn(client, session, said, path)

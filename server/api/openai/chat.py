@@ -27,7 +27,7 @@ KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
 
 async def chat_completions(context: Context, http_request: Request, body: ChatCompletionRequest) -> Response:
-    messages, tokenizer = as_template_input(body.messages), context.engine.engine.tokenizer
+    messages, tokenizer = as_template_input(body.messages), context.engine.info.tokenizer
     prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
     params = sampling_params(
         body,
@@ -47,7 +47,7 @@ async def chat_completions(context: Context, http_request: Request, body: ChatCo
 
 def _default_max_tokens(context: Context, prompt: list[int]) -> int:
     """No client that leaves it out wants an error, if the prompt leaves room for anything."""
-    return max(1, min(DEFAULT_MAX_TOKENS, context.engine.engine.max_model_len - len(prompt)))
+    return max(1, min(DEFAULT_MAX_TOKENS, context.engine.info.max_model_len - len(prompt)))
 
 
 def _choice(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[str, Any]:

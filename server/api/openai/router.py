@@ -64,5 +64,5 @@ def get_model(name: str, context: ContextOf) -> ModelCard:
 
 
 def _card(context: Context) -> ModelCard:
-    name = context.config.model_name
-    return ModelCard(id=name, created=context.started_at, root=name, max_model_len=context.engine.engine.max_model_len)
+    name, longest = context.config.model_name, context.engine.info.max_model_len
+    return ModelCard(id=name, created=context.started_at, root=name, max_model_len=longest)

@@ -40,7 +40,7 @@ class Call:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.context.engine.engine.tokenizer
+        return self.context.engine.info.tokenizer
 
     @property
     def n(self) -> int:
@@ -56,7 +56,7 @@ class Call:
             "id": self.answer_id,
             "created": self.created,
             "model": self.context.config.model_name,
-            "system_fingerprint": f"fp_{self.context.engine.engine.fingerprint.hex()[:12]}",
+            "system_fingerprint": f"fp_{self.context.engine.info.fingerprint.hex()[:12]}",
         }
 
     def usage(self) -> dict[str, Any]:

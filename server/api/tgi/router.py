@@ -53,21 +53,20 @@ async def generate_list(body: GenerateRequest, context: ContextOf, http_request:
 @router.get("/info", responses={401: TGI_RESPONSES[401]})
 def info(context: ContextOf) -> Info:
     """The model, the limits of requests, and what a conversation costs."""
-    engine = context.engine.engine
-    config, slots = engine.model.config, engine.pool.n_slots
+    engine = context.engine.info
     return Info(
         model_id=context.config.model_name,
         model_sha=engine.fingerprint.hex(),
-        model_dtype=config.dtype,
-        model_device_type=engine.model.device.type,
-        max_concurrent_requests=slots + engine.config.max_queue_length,
-        max_best_of=min(slots, MAX_BEST_OF),
+        model_dtype=engine.model_dtype,
+        model_device_type=engine.device_type,
+        max_concurrent_requests=engine.capacity,
+        max_best_of=min(engine.n_slots, MAX_BEST_OF),
         max_input_tokens=engine.max_model_len - 1,
         max_total_tokens=engine.max_model_len,
         max_client_batch_size=context.config.max_prompts,
         version=version("aft-server"),
-        variant=config.variant,
-        parameters=engine.num_parameters,
-        state_bytes=engine.pool.nbytes // slots,
-        kv_cache_bytes_per_token=2 * config.n_layer * config.d_model * 4,
+        variant=engine.variant,
+        parameters=engine.parameters,
+        state_bytes=engine.state_bytes,
+        kv_cache_bytes_per_token=engine.kv_cache_bytes_per_token,
     )

@@ -66,7 +66,7 @@ async def answer(context: Context, http_request: Request, body: GenerateRequest,
     (stream,) = streams = await _open(context, http_request, body)
 
     def respond(completions: list[list[Completion]]) -> Response:
-        found = whole(body, stream, completions[0], context.engine.engine.tokenizer)
+        found = whole(body, stream, completions[0], context.engine.info.tokenizer)
         content = found.model_dump(exclude_none=not body.given.details)
         return JSONResponse([content] if as_list else content)
 
@@ -75,7 +75,7 @@ async def answer(context: Context, http_request: Request, body: GenerateRequest,
 
 async def stream(context: Context, http_request: Request, body: GenerateRequest) -> Response:
     streams = await _open(context, http_request, body)
-    events = _events(body, streams[0], context.engine.engine.tokenizer)
+    events = _events(body, streams[0], context.engine.info.tokenizer)
     return await event_answer(http_request, streams, events, lambda error: _sse(error_body(error, "tgi")))
 
 
