@@ -7,17 +7,14 @@ import hashlib
 import hmac
 import logging
 import re
-import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, surface_of
+from server.api.record import Record
 from server.api.tracing import Tracer
-from server.engine import RequestStream
 from server.errors import PayloadTooLargeError, UnauthorizedError
 
 logger = logging.getLogger(__name__)
@@ -25,51 +22,6 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/ui", "/openapi.json", "/docs"})
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked for every few seconds; logged for debugging only
 GIVEN_ID = re.compile(rb"[!-~]{1,128}")
-
-
-@dataclass
-class Record:
-    """One HTTP request, for its log line and its trace; at `request.state.record`."""
-
-    request_id: str
-    method: str
-    path: str
-    headers: dict[str, str]
-    started_at: float = field(default_factory=time.time)  # seconds since 1970
-    started: float = field(default_factory=time.monotonic)
-    status: int = 499  # nobody was there to read an answer
-    streams: list[RequestStream] = field(default_factory=list)
-
-    def summary(self) -> dict[str, Any]:
-        """Times in seconds. Of several prompts, tokens are summed and times are the latest."""
-        fields: dict[str, Any] = {
-            "request_id": self.request_id,
-            "method": self.method,
-            "path": self.path,
-            "status": self.status,
-            "seconds": round(time.monotonic() - self.started, 6),
-        }
-        if self.streams:
-            requests = [stream.request for stream in self.streams]
-            fields |= {
-                "prompt_tokens": sum(request.num_prompt_tokens for request in requests),
-                "cached_tokens": sum(request.num_cached_tokens for request in requests),
-                "generated_tokens": sum(stream.num_generated_tokens for stream in self.streams),
-                "finish_reasons": [reason for stream in self.streams for reason in _reasons(stream)],
-                "queue_seconds": _latest((request.admitted_at, request.arrived_at) for request in requests),
-                "time_to_first_token": _latest((s.first_token_at, s.request.arrived_at) for s in self.streams),
-            }
-        return fields
-
-
-def _reasons(stream: RequestStream) -> list[str]:
-    unfinished = [type(stream.error).__name__ if stream.error else "abandoned"] * stream.num_unfinished
-    return [*stream.finish_reasons, *unfinished]
-
-
-def _latest(spans: Any) -> float | None:
-    known = [end - start for end, start in spans if end is not None]
-    return round(max(known), 6) if known else None
 
 
 class RequestLog:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 from model.sampling import Grammar, SamplingParams
+from server.engine.admission import Admission
 from server.engine.conversation import Conversation
 from server.engine.info import EngineInfo
 from server.engine.llm_engine import LLMEngine
 from server.engine.prefix_cache import Prefix
 from server.engine.prefix_store import StoredPrefixes
-from server.engine.request import FinishReason, Request, RequestOutput
+from server.engine.request import Request, RequestOutput
+from server.engine.request_stream import RequestStream
 from server.engine.structured_output import GrammarCompiler, Matcher
 from server.errors import (
     GenerationError,
@@ -26,90 +29,11 @@ from server.errors import (
     OverloadedError,
     ServerError,
     ShuttingDownError,
-    SlowReaderError,
 )
 
 logger = logging.getLogger(__name__)
 
 LONG_PROMPT = 4096  # characters from which a prompt is tokenised in a thread, so that streams go on meanwhile
-MAX_UNREAD = 4096  # outputs that a client may leave unread before its request is dropped
-
-
-class RequestStream:
-    """Outputs of a request as they come, read by one reader. `close` aborts what is not done; it must be called.
-
-    Times are of time.monotonic(). num_unfinished: texts that have not ended.
-    """
-
-    def __init__(self, request: Request, close: Callable[[RequestStream], None]) -> None:
-        self.request = request
-        self.first_token_at: float | None = None
-        self.last_token_at: dict[int, float] = {}  # by index of the text
-        self.finish_reasons: list[FinishReason] = []
-        self.num_generated_tokens = 0
-        self.error: ServerError | None = None
-        self.is_counted = True  # among the engine's requests
-        self.before_end: Callable[[Conversation], Awaitable[None]] | None = None  # a text's end is told after it
-        self.on_close: Callable[[], None] | None = None
-        self._unread: list[RequestOutput] = []
-        self._has_unread = asyncio.Event()
-        self._n_to_read = request.params.n_generated
-        self._close: Callable[[RequestStream], None] | None = close
-
-    @property
-    def num_unfinished(self) -> int:
-        return self.request.params.n_generated - len(self.finish_reasons)
-
-    def put(self, output: RequestOutput, now: float) -> float | None:
-        """Take an output; returns the seconds since the same text's last token, None for its first."""
-        if self.error is not None:
-            return None
-        self.error = output.error
-        if output.finish_reason is not None:
-            self.finish_reasons.append(output.finish_reason)
-        interval = None
-        if output.token is not None:
-            self.num_generated_tokens += 1
-            interval = now - last if (last := self.last_token_at.get(output.index)) is not None else None
-            self.last_token_at[output.index] = now
-            self.first_token_at = self.first_token_at or now
-        if output.error is None:
-            self._unread.append(output)
-        self._has_unread.set()
-        if len(self._unread) > MAX_UNREAD and self.error is None:
-            self.error = SlowReaderError(f"The client left {MAX_UNREAD} tokens of its stream unread.")
-            self.close()
-        return interval
-
-    def close(self) -> None:
-        """Let go of the request; the engine drops it within a step unless it has ended. May be called again."""
-        if self._close:
-            close, self._close = self._close, None
-            close(self)
-            if self.on_close:
-                self.on_close()
-
-    async def read(self) -> list[RequestOutput]:
-        """The outputs that came since the last call, at least one; [] after the last. Raises what ended the request."""
-        if not self._n_to_read:
-            return []
-        await self._has_unread.wait()
-        outputs, self._unread = self._unread, []
-        if not outputs:
-            assert self.error is not None
-            raise self.error
-        if self.error is None:
-            self._has_unread.clear()
-        self._n_to_read -= sum(output.finish_reason is not None for output in outputs)
-        for output in outputs:
-            if self.before_end and output.conversation is not None:
-                await self.before_end(output.conversation)
-        return outputs
-
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        while outputs := await self.read():
-            for output in outputs:
-                yield output
 
 
 class Observer(Protocol):
@@ -176,11 +100,27 @@ class AsyncEngine:
         self._commands.put(None)
         self._thread.join()
 
+    def admit(self, n_requests: int = 1) -> Admission:
+        """Take places for requests, all or none, before anything is done for them: `with engine.admit() as admission`.
+
+        Raises OverloadedError if the queue has not as many, InvalidRequestError if it never has, and
+        ShuttingDownError.
+        """
+        arrived_at = time.monotonic()
+        self._check_ready()
+        if n_requests > self.info.capacity:
+            raise InvalidRequestError(f"There must be at most {self.info.capacity} prompts, not {n_requests}.")
+        if self._n_requests + n_requests > self.info.capacity:
+            raise OverloadedError(f"The queue is full: {self._n_requests} requests run or wait already.")
+        self._n_requests += n_requests
+        return Admission(n_requests, arrived_at, self._give_back)
+
     async def submit(
         self,
         prompt: str | list[int],
         params: SamplingParams,
         *,
+        admission: Admission | None = None,
         add_special_tokens: bool = True,
         truncate: int | None = None,
         priority: int = 0,
@@ -191,36 +131,31 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue a request.
 
-        add_special_tokens: whether a text is preceded by the end-of-text token, as every text the model learned from
-        was; truncate: keep the last tokens of the prompt only; timeout in seconds; start, keep_conversation: as of
-        Request, whose prompt is the unread tokens of start and then `prompt`. Raises OverloadedError before any
-        work is done if the queue is full, ShuttingDownError, InvalidRequestError, and ModelError for bad text or
-        parameters. The stream must be closed, whatever happens.
+        admission: whose next place it takes, and from which its times count; without one it asks for a place itself,
+        before any work is done, and raises as `admit`; add_special_tokens: whether a text is preceded by the
+        end-of-text token, as every text the model learned from was; truncate: keep the last tokens of the prompt
+        only; timeout in seconds from arrival; start, keep_conversation: as of Request, whose prompt is the unread
+        tokens of start and then `prompt`. Raises ShuttingDownError, InvalidRequestError, and ModelError for bad text
+        or parameters. The stream must be closed, whatever happens.
         """
-        self._check_ready()
-        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        if self._n_requests >= self.info.capacity:
-            raise OverloadedError(f"The queue is full: {self._n_requests} requests run or wait already.")
-        self._n_requests += 1
-        try:
+        with contextlib.nullcontext(admission) if admission else self.admit() as place:
             prompt_ids = await self.encode(prompt, add_special_tokens=add_special_tokens, truncate=truncate)
             request = Request(
                 request_id=uuid.uuid4().hex,
                 prompt_ids=[*start.unread_ids, *prompt_ids] if start else prompt_ids,
                 params=params,
                 priority=priority,
-                deadline=deadline,
+                deadline=math.inf if timeout is None else place.arrived_at + timeout,
                 cache_salt=cache_salt,
                 start=start,
                 keep_conversation=keep_conversation,
                 matcher=await self._compile(params.grammar) if params.grammar else None,
+                arrived_at=place.arrived_at,
             )
             self._engine.check_request(request)
             prefix = await self._look_up(request)
             self._check_ready()  # again: the engine may have stopped while the prompt was tokenised
-        except BaseException:
-            self._n_requests -= 1
-            raise
+            place.take()
         self._n_open += 1
         stream = RequestStream(request, self._let_go)
         self._commands.put(lambda: self._add(request, stream, prefix))
@@ -262,6 +197,9 @@ class AsyncEngine:
         if not self.is_ready:
             raise _shutting_down()
 
+    def _give_back(self, n_places: int) -> None:
+        self._n_requests -= n_places
+
     def _let_go(self, stream: RequestStream) -> None:
         self._n_open -= 1
         self._uncount(stream)
@@ -273,7 +211,7 @@ class AsyncEngine:
         """A request that the engine has done makes room for another, also if its reader is slow."""
         if stream.is_counted:
             stream.is_counted = False
-            self._n_requests -= 1
+            self._give_back(1)
 
     def _deliver(self, outputs: list[tuple[RequestStream, RequestOutput]], now: float) -> None:
         for stream, output in outputs:

@@ -93,7 +93,8 @@ class Request:
     start        the conversation that the prompt goes on from; prompt_ids begin with its unread tokens
     keep_conversation  whether each text's end brings what it leaves behind
     matcher      compiled from params.grammar; each text goes on from a copy
-    arrived_at, admitted_at  time.monotonic() at which it was made, and got its slots
+    arrived_at, admitted_at  time.monotonic() at which it was asked for, before anything was done for it, and got its
+                             slots
 
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
     """
@@ -107,7 +108,7 @@ class Request:
     start: Conversation | None = None
     keep_conversation: bool = False
     matcher: Matcher | None = None
-    arrived_at: float = field(default_factory=time.monotonic, init=False)
+    arrived_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = field(default=None, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)

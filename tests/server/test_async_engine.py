@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 from model import Tokenizer
 from model.errors import ModelError
 from model.sampling import Grammar, SamplingParams
-from server.engine import AsyncEngine, EngineConfig, LLMEngine
-from server.engine.async_engine import LONG_PROMPT, RequestStream
+from server.engine import AsyncEngine, EngineConfig, LLMEngine, RequestStream
+from server.engine.async_engine import LONG_PROMPT
 from server.errors import (
     GenerationError,
     InvalidRequestError,
@@ -110,6 +111,59 @@ def test_a_full_queue_refuses_before_any_work(tokenizer: Tokenizer) -> None:
     in_engine(tokenizer, main, max_num_seqs=1, max_queue_length=2)
 
 
+def test_places_are_taken_before_requests_are_made_and_come_back(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        with pytest.raises(InvalidRequestError, match="at most 3 prompts, not 4"):
+            engine.admit(4)
+        with engine.admit(2) as admission:
+            with pytest.raises(OverloadedError, match="2 requests run or wait already"):
+                engine.admit(2)
+            stream = await engine.submit("the fox", ENDLESS, admission=admission)
+            with engine.admit(), pytest.raises(OverloadedError, match="3 requests run or wait already"):
+                engine.admit()
+        with engine.admit(2), pytest.raises(OverloadedError):  # the place that no request took is free again
+            engine.admit()
+        stream.close()
+        with engine.admit(3):
+            pass
+
+    in_engine(tokenizer, main, max_num_seqs=1, max_queue_length=2)
+
+
+def test_times_count_from_before_any_work(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        began: list[float] = []
+        encode, compile_ = tokenizer.encode, engine._grammars.compile
+
+        def slowly(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def step(what: Any) -> Any:
+                began.append(time.monotonic())
+                time.sleep(0.02)
+                return work(what)
+
+            return step
+
+        params = SamplingParams(max_tokens=3, grammar=Grammar("regex", "[a-z]*"))
+        with (
+            mock.patch.object(tokenizer, "encode", slowly(encode)),
+            mock.patch.object(engine._grammars, "compile", slowly(compile_)),
+        ):
+            stream = await engine.submit("the fox", params, timeout=60)
+        async for _ in stream:
+            pass
+        stream.close()
+        request = stream.request
+        assert len(began) == 2
+        assert request.arrived_at <= began[0]
+        assert request.deadline == request.arrived_at + 60
+        assert request.admitted_at is not None
+        assert request.admitted_at - request.arrived_at >= 0.04
+        assert stream.first_token_at is not None
+        assert stream.first_token_at - request.arrived_at >= 0.04
+
+    in_engine(tokenizer, main)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [
@@ -194,7 +248,7 @@ def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
 
 def test_a_reader_far_behind_loses_its_request(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        with mock.patch("server.engine.async_engine.MAX_UNREAD", 50):
+        with mock.patch("server.engine.request_stream.MAX_UNREAD", 50):
             slow = await engine.submit("the fox", ENDLESS)
             while engine.num_requests:
                 await asyncio.sleep(0.01)

@@ -17,7 +17,8 @@ import pytest
 from redis import Redis
 
 from model import AFTForCausalLM, Tokenizer
-from server.engine import AsyncEngine, LLMEngine, SamplingParams
+from server.api.turns import TurnStream
+from server.engine import AsyncEngine, LLMEngine, RequestOutput, SamplingParams
 from server.errors import (
     BusySessionError,
     ConfigurationError,
@@ -188,14 +189,20 @@ def in_sessions(
     asyncio.run(run())
 
 
+async def read_all(stream: TurnStream) -> list[RequestOutput]:
+    outputs: list[RequestOutput] = []
+    while some := await stream.read():
+        outputs += some
+    return outputs
+
+
 async def take_turn(sessions: Sessions, engine: AsyncEngine, name: str, ids: list[int], n: int = 5) -> list[int]:
     """A turn as the HTTP side takes it: committed before its end is told."""
     turn = await sessions.begin_turn(name, "me")
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    stream = await engine.submit(ids, params, start=turn.start, keep_conversation=True)
-    stream.before_end, stream.on_close = turn.commit, turn.release
+    stream = TurnStream(await engine.submit(ids, params, start=turn.start, keep_conversation=True), turn)
     try:
-        return [output.token.token_id async for output in stream if output.token]
+        return [output.token.token_id for output in await read_all(stream) if output.token]
     finally:
         stream.close()
 
@@ -230,8 +237,7 @@ def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(
         with pytest.raises(BusySessionError, match="has a turn under way"):
             await sessions.begin_turn(name, "me")
         params = SamplingParams(temperature=0, max_tokens=10**5, ignore_eos=True)
-        stream = await engine.submit([7], params, start=turn.start, keep_conversation=True)
-        stream.before_end, stream.on_close = turn.commit, turn.release
+        stream = TurnStream(await engine.submit([7], params, start=turn.start, keep_conversation=True), turn)
         await stream.read()
         stream.close()
         assert await sessions.export(name, "me") == before
@@ -252,10 +258,9 @@ def test_another_servers_turn_wins_if_it_was_first(
         await take_turn(other, engine, name, [1, 5])
         stored = await other.export(name, "me")
         params = SamplingParams(temperature=0, max_tokens=5)
-        stream = await engine.submit([1, 6], params, start=turn.start, keep_conversation=True)
-        stream.before_end = turn.commit
+        stream = TurnStream(await engine.submit([1, 6], params, start=turn.start, keep_conversation=True), turn)
         with pytest.raises(BusySessionError, match="changed or deleted during this turn"):
-            [output async for output in stream]
+            await read_all(stream)
         stream.close()
         assert await sessions.export(name, "me") == stored
 

@@ -13,6 +13,7 @@ from server.api.context import Context
 from server.api.openai.protocol import ChatCompletionRequest
 from server.api.openai.serving import (
     Call,
+    admit,
     as_template_input,
     error_event,
     open_call,
@@ -28,13 +29,14 @@ KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
 async def chat_completions(context: Context, http_request: Request, body: ChatCompletionRequest) -> Response:
     messages, tokenizer = as_template_input(body.messages), context.engine.info.tokenizer
-    prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
-    params = sampling_params(
-        body,
-        max_tokens=body.max_completion_tokens or body.max_tokens or _default_max_tokens(context, prompt),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    call = await open_call(context, http_request, body, [prompt], params, "chatcmpl")
+    with admit(context, http_request, body) as admission:
+        prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
+        params = sampling_params(
+            body,
+            max_tokens=body.max_completion_tokens or body.max_tokens or _default_max_tokens(context, prompt),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        call = await open_call(context, http_request, admission, body, [prompt], params, "chatcmpl")
     if body.stream:
         return await event_answer(http_request, call.streams, _events(call, body), error_event)
 

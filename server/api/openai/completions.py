@@ -13,6 +13,7 @@ from server.api.openai.protocol import CompletionRequest
 from server.api.openai.serving import (
     Call,
     TextOffsets,
+    admit,
     error_event,
     open_call,
     sampling_params,
@@ -35,10 +36,17 @@ async def completions(context: Context, http_request: Request, body: CompletionR
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    add_special_tokens = body.add_special_tokens is not False
-    call = await open_call(
-        context, http_request, body, body.prompt, params, "cmpl", add_special_tokens=add_special_tokens
-    )
+    with admit(context, http_request, body, len(body.prompt)) as admission:
+        call = await open_call(
+            context,
+            http_request,
+            admission,
+            body,
+            body.prompt,
+            params,
+            "cmpl",
+            add_special_tokens=body.add_special_tokens is not False,
+        )
     if body.stream:
         return await event_answer(http_request, call.streams, _events(call, body), error_event)
 

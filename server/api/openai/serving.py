@@ -18,8 +18,11 @@ from model.tokenizer import Tokenizer
 from server.api.context import Context
 from server.api.errors import error_body
 from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat, Message
-from server.api.streaming import Prompt, open_streams, sse
-from server.engine import RequestStream
+from server.api.record import record_of
+from server.api.streaming import sse
+from server.api.submission import Prompt, Submission, open_streams
+from server.api.turns import TextStream
+from server.engine import Admission
 from server.errors import InvalidRequestError, NotFoundError
 
 # huggingface_hub and text-generation send these whatever the model is called.
@@ -34,7 +37,7 @@ class Call:
 
     body: GenerationRequest
     context: Context
-    streams: list[RequestStream]
+    streams: list[TextStream]
     answer_id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -82,29 +85,42 @@ class Call:
         return told + DONE
 
 
+def admit(context: Context, http_request: Request, body: GenerationRequest, n_prompts: int = 1) -> Admission:
+    """Places for the prompts, before any work is done for them.
+
+    Raises NotFoundError for another model, InvalidRequestError for too many prompts, and as `AsyncEngine.admit`.
+    """
+    check_model(context, body.model)
+    if n_prompts > context.config.max_prompts:
+        raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {n_prompts}.")
+    if body.request_id is not None:
+        record_of(http_request).request_id = body.request_id
+    return context.engine.admit(n_prompts)
+
+
 async def open_call(
     context: Context,
     http_request: Request,
+    admission: Admission,
     body: GenerationRequest,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     prefix: str,
-    **options: Any,
+    *,
+    add_special_tokens: bool = True,
 ) -> Call:
-    """Submit the prompts. Raises NotFoundError for another model, and as `AsyncEngine.submit`."""
-    check_model(context, body.model)
-    if len(prompts) > context.config.max_prompts:
-        raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {len(prompts)}.")
-    if body.request_id is not None:
-        http_request.state.record.request_id = body.request_id
-    options |= {
-        "truncate": body.truncate_prompt_tokens,
-        "priority": body.priority or 0,
-        "cache_salt": body.cache_salt or "",
-        "session_id": body.session_id,
-    }
-    streams = await open_streams(http_request, context, prompts, params, **options)
-    return Call(body, context, streams, f"{prefix}-{http_request.state.record.request_id}")
+    """Submit the prompts, to be answered under an id that starts with `prefix`. Raises as `open_streams`."""
+    submission = Submission(
+        prompts=prompts,
+        params=params,
+        session_id=body.session_id,
+        add_special_tokens=add_special_tokens,
+        truncate=body.truncate_prompt_tokens,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+    )
+    streams = await open_streams(http_request, context, admission, submission)
+    return Call(body, context, streams, f"{prefix}-{record_of(http_request).request_id}")
 
 
 def as_template_input(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
 from server.api.errors import error_body
-from server.api.streaming import event_answer, open_streams, sse, whole_answer
+from server.api.streaming import event_answer, sse, whole_answer
+from server.api.submission import Submission, open_streams
 from server.api.tgi.protocol import (
     BestOfSequence,
     Details,
@@ -24,7 +25,8 @@ from server.api.tgi.protocol import (
     PrefillToken,
     Token,
 )
-from server.engine import Completion, RequestStream, TokenOutput, best
+from server.api.turns import TextStream
+from server.engine import Completion, TokenOutput, best
 from server.engine import Request as EngineRequest
 
 DEFAULT_MAX_NEW_TOKENS = 100
@@ -79,15 +81,19 @@ async def stream(context: Context, http_request: Request, body: GenerateRequest)
     return await event_answer(http_request, streams, events, lambda error: _sse(error_body(error, "tgi")))
 
 
-async def _open(context: Context, http_request: Request, body: GenerateRequest) -> list[RequestStream]:
-    params = sampling_params(body.given)
-    return await open_streams(
-        http_request, context, [body.inputs], params, session_id=body.session_id, truncate=body.given.truncate
+async def _open(context: Context, http_request: Request, body: GenerateRequest) -> list[TextStream]:
+    submission = Submission(
+        prompts=[body.inputs],
+        params=sampling_params(body.given),
+        session_id=body.session_id,
+        truncate=body.given.truncate,
     )
+    with context.engine.admit() as admission:
+        return await open_streams(http_request, context, admission, submission)
 
 
 def whole(
-    body: GenerateRequest, stream: RequestStream, completions: list[Completion], tokenizer: Tokenizer
+    body: GenerateRequest, stream: TextStream, completions: list[Completion], tokenizer: Tokenizer
 ) -> GenerateResponse:
     (chosen,) = best(completions, 1)
     result = GenerateResponse(generated_text=body.prefix + chosen.text)
@@ -128,7 +134,7 @@ def prefill(request: EngineRequest, tokenizer: Tokenizer) -> list[PrefillToken]:
     return [first, *rest]
 
 
-async def _events(body: GenerateRequest, stream: RequestStream, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
+async def _events(body: GenerateRequest, stream: TextStream, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
     """An event for each token; those that came together are sent together."""
     text = Completion(0)
     while outputs := await stream.read():
