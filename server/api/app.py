@@ -16,14 +16,16 @@ from server.api import sessions as sessions_api
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.api.context import Context
-from server.api.errors import add_error_handlers
+from server.api.contracts import Contracts
 from server.api.middleware import APIKeys, BodyLimit, RequestLog
-from server.api.openai import router as openai
-from server.api.tgi import router as tgi
+from server.api.openai.contract import OPENAI
+from server.api.tgi.contract import TGI
 from server.api.tracing import Tracer
 from server.engine import AsyncEngine, LLMEngine, PrefixStore, StoredPrefixes
 from server.metrics import Metrics
 from server.sessions import Sessions, SessionsConfig, SessionStore, SQLiteStore
+
+CONTRACTS = (TGI, OPENAI)
 
 
 def create_app(
@@ -69,26 +71,32 @@ def create_app(
     app.state.context = Context(
         async_engine, config, metrics, chat_template or ChatTemplate(), sessions, int(time.time())
     )
-    for router in (tgi.router, openai.router, sessions_api.router, tokenize.router, operations.router, ui.router):
-        app.include_router(router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    add_error_handlers(app)
+    contracts = Contracts(CONTRACTS)
+    for contract in CONTRACTS:
+        app.include_router(contract.router)
+    app.include_router(sessions_api.router, responses=contracts.responses(sessions_api.ERRORS))
+    app.include_router(tokenize.router, responses=contracts.responses(tokenize.ERRORS))
+    app.include_router(operations.router)
+    app.include_router(ui.router)
+    app.openapi = lambda: _openapi(app, contracts)  # type: ignore[method-assign]
+    contracts.add_error_handlers(app)
     # The last one added sees a request first.
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_size)
+    app.add_middleware(BodyLimit, contracts=contracts, max_bytes=config.max_body_size)
     if config.api_keys:
-        app.add_middleware(APIKeys, keys=config.api_keys)
+        app.add_middleware(APIKeys, contracts=contracts, keys=config.api_keys)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(RequestLog, tracer=tracer)
+    app.add_middleware(RequestLog, contracts=contracts, tracer=tracer)
     return app
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The document without the 422 that FastAPI adds by itself: under /v1, invalid bodies get 400."""
+def _openapi(app: FastAPI, contracts: Contracts) -> dict[str, Any]:
+    """The document without the 422 that FastAPI adds by itself, where a contract has another for invalid bodies."""
     if app.openapi_schema is None:
         document = FastAPI.openapi(app)
         for path, operations_at in document["paths"].items():
-            for operation in operations_at.values() if path.startswith("/v1/") else ():
-                operation["responses"].pop("422", None)
+            if 422 not in contracts.of(path).responses:
+                for operation in operations_at.values():
+                    operation["responses"].pop("422", None)
         app.openapi_schema = document
     return app.openapi_schema

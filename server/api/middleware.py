@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import error_response, surface_of
+from server.api.contracts import Contracts
 from server.api.record import Record
 from server.api.tracing import Tracer
 from server.errors import PayloadTooLargeError, UnauthorizedError
@@ -27,8 +27,8 @@ GIVEN_ID = re.compile(rb"[!-~]{1,128}")
 class RequestLog:
     """Gives each request its id, takes an x-request-id as it, and writes one line when it is over."""
 
-    def __init__(self, app: ASGIApp, tracer: Tracer | None = None) -> None:
-        self.app, self.tracer = app, tracer
+    def __init__(self, app: ASGIApp, contracts: Contracts, tracer: Tracer | None = None) -> None:
+        self.app, self.contracts, self.tracer = app, contracts, tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,7 +57,7 @@ class RequestLog:
         except asyncio.CancelledError:  # uvicorn's, of clients that do not read when the server ends
             logger.warning("A client was cut off that did not read its answer.")
         except Exception as error:
-            response = error_response(error, surface_of(record.path))  # logs it
+            response = self.contracts.error_response(error, record.path)  # logs it
             if not has_started:
                 await response(scope, receive, send_with_id)
         finally:
@@ -74,14 +74,14 @@ class RequestLog:
 class APIKeys:
     """Refuses requests without one of the keys, all paths but OPEN_PATHS."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, contracts: Contracts, keys: Sequence[str]) -> None:
+        self.app, self.contracts = app, contracts
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._admit(scope):
             error = UnauthorizedError("This server needs an API key: send it as Authorization: Bearer KEY.")
-            await error_response(error, surface_of(scope["path"]))(scope, receive, send)
+            await self.contracts.error_response(error, scope["path"])(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -102,8 +102,8 @@ def _digest(key: bytes) -> bytes:
 class BodyLimit:
     """Refuses bodies of more than `max_bytes`, by their Content-Length or as soon as more has come."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, contracts: Contracts, max_bytes: int) -> None:
+        self.app, self.contracts, self.max_bytes = app, contracts, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,7 +112,7 @@ class BodyLimit:
         error = PayloadTooLargeError(f"The body must have at most {self.max_bytes} bytes.")
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.max_bytes:
-            await error_response(error, surface_of(scope["path"]))(scope, receive, send)
+            await self.contracts.error_response(error, scope["path"])(scope, receive, send)
             return
         n_bytes = 0
 

@@ -9,7 +9,6 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from server.api.context import ContextOf, owner_of
-from server.api.errors import TGI_RESPONSES
 from server.api.validation import Body
 from server.sessions import Session
 
@@ -17,15 +16,13 @@ FILE = "application/octet-stream"
 MAX_FORKS = 256
 
 SessionId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: TGI_RESPONSES[status] for status in (401, 404, 413, 422, 429, 503)
-}
+ERRORS = (401, 404, 413, 422, 429, 503)
 FILE_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
 }
 FILE_ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": {FILE: {}}}}
 
-router = APIRouter(prefix="/sessions", tags=["sessions"], responses=RESPONSES)
+router = APIRouter(prefix="/sessions", tags=["sessions"])
 
 
 class SessionCard(BaseModel):

@@ -10,19 +10,13 @@ from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from server.api.context import ContextOf
-from server.api.errors import TGI_RESPONSES
 from server.api.openai.protocol import Message, TokenId
 from server.api.openai.serving import as_template_input, check_model
 from server.api.validation import Body
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    401: TGI_RESPONSES[401],
-    404: TGI_RESPONSES[404],
-    413: TGI_RESPONSES[413],
-    422: TGI_RESPONSES[422],
-}
+ERRORS = (401, 404, 413, 422)
 
-router = APIRouter(tags=["tokens"], responses=RESPONSES)
+router = APIRouter(tags=["tokens"])
 
 
 class TokenizeRequest(Body):

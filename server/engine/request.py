@@ -8,7 +8,6 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal
 
 from model.sampling import Sampler, SamplingParams
 from server.engine.conversation import Conversation
@@ -18,14 +17,11 @@ from server.errors import ServerError
 
 
 class FinishReason(StrEnum):
-    LENGTH = "length"
-    END_OF_TEXT = "eos_token"
-    STOP_SEQUENCE = "stop_sequence"
+    """Why a text ended: it has as many tokens as were asked for; its own end; a stop string or a stop token."""
 
-    @property
-    def openai_name(self) -> Literal["length", "stop"]:
-        """What OpenAI's contract and vLLM's metrics call it."""
-        return "length" if self is FinishReason.LENGTH else "stop"
+    LENGTH = "length"
+    END_OF_TEXT = "end_of_text"
+    STOP_SEQUENCE = "stop"
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # token id and log-probability, most likely first

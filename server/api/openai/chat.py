@@ -10,12 +10,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.context import Context
+from server.api.openai.errors import FINISH_REASONS, error_event
 from server.api.openai.protocol import ChatCompletionRequest
 from server.api.openai.serving import (
     Call,
     admit,
     as_template_input,
-    error_event,
     open_call,
     sampling_params,
     token_name,
@@ -62,7 +62,7 @@ def _fields(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[s
     fields = {
         "index": text.index,
         "logprobs": {"content": [_logprob(call, token) for token in text.tokens]} if body.logprobs else None,
-        "finish_reason": ended.openai_name if ended else None,
+        "finish_reason": FINISH_REASONS[ended] if ended else None,
         "stop_reason": text.stop_reason,
     }
     return fields | ({"token_ids": text.token_ids} if body.return_token_ids else {})

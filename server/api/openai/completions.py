@@ -9,12 +9,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.context import Context
+from server.api.openai.errors import FINISH_REASONS, error_event
 from server.api.openai.protocol import CompletionRequest
 from server.api.openai.serving import (
     Call,
     TextOffsets,
     admit,
-    error_event,
     open_call,
     sampling_params,
     token_name,
@@ -93,7 +93,7 @@ class _ChoiceWriter:
             "index": self.index,
             "text": before + text.text,
             "logprobs": None if self.body.logprobs is None else self._logprobs(scored),
-            "finish_reason": text.finish_reason.openai_name if text.finish_reason else None,
+            "finish_reason": FINISH_REASONS[text.finish_reason] if text.finish_reason else None,
             "stop_reason": text.stop_reason,
             **fields,
         }

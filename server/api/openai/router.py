@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.context import Context, ContextOf
-from server.api.errors import OPENAI_RESPONSES
 from server.api.openai import chat, completions
+from server.api.openai.errors import RESPONSES
 from server.api.openai.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -33,7 +33,7 @@ STREAM: dict[str, Any] = {
 @router.post(
     "/completions",
     response_model=CompletionResponse,
-    responses={200: STREAM, **OPENAI_RESPONSES},
+    responses={200: STREAM, **RESPONSES},
 )
 async def create_completion(body: CompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """Texts that go on from one prompt or several: a JSON object, or chunks if `stream` is true."""
@@ -43,20 +43,20 @@ async def create_completion(body: CompletionRequest, context: ContextOf, http_re
 @router.post(
     "/chat/completions",
     response_model=ChatCompletionResponse,
-    responses={200: STREAM, **OPENAI_RESPONSES},
+    responses={200: STREAM, **RESPONSES},
 )
 async def create_chat_completion(body: ChatCompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """The next message of a chat: a JSON object, or chunks if `stream` is true."""
     return await chat.chat_completions(context, http_request, body)
 
 
-@router.get("/models", responses={401: OPENAI_RESPONSES[401]})
+@router.get("/models", responses={401: RESPONSES[401]})
 def list_models(context: ContextOf) -> ModelList:
     """The one model that is served."""
     return ModelList(data=[_card(context)])
 
 
-@router.get("/models/{name:path}", responses={status: OPENAI_RESPONSES[status] for status in (400, 401, 404)})
+@router.get("/models/{name:path}", responses={status: RESPONSES[status] for status in (400, 401, 404)})
 def get_model(name: str, context: ContextOf) -> ModelCard:
     """The model, if that is its name."""
     check_model(context, name)

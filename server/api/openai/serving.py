@@ -16,7 +16,7 @@ from fastapi import Request
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
-from server.api.errors import error_body
+from server.api.openai.errors import DONE
 from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat, Message
 from server.api.record import record_of
 from server.api.streaming import sse
@@ -28,7 +28,6 @@ from server.errors import InvalidRequestError, NotFoundError
 # huggingface_hub and text-generation send these whatever the model is called.
 PLACEHOLDER_NAMES = frozenset({"", "dummy", "tgi"})
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
@@ -171,10 +170,6 @@ def _grammar(body: GenerationRequest) -> Grammar | None:
     if isinstance(response_format, JSONSchemaFormat):
         return Grammar.json_schema(response_format.json_schema.schema_ or {})
     return ANY_OBJECT if isinstance(response_format, JSONObjectFormat) else None
-
-
-def error_event(error: Exception) -> bytes:
-    return sse(error_body(error, "openai")) + DONE
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:

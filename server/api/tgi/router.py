@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.context import ContextOf
-from server.api.errors import TGI_RESPONSES
 from server.api.streaming import EVENT_STREAM
 from server.api.tgi import serving
+from server.api.tgi.errors import RESPONSES
 from server.api.tgi.protocol import (
     MAX_BEST_OF,
     GenerateRequest,
@@ -28,7 +28,7 @@ STREAM: dict[str, Any] = {
 router = APIRouter(tags=["text-generation-inference"])
 
 
-@router.post("/generate", response_model=GenerateResponse, responses={200: STREAM, **TGI_RESPONSES})
+@router.post("/generate", response_model=GenerateResponse, responses={200: STREAM, **RESPONSES})
 async def generate(body: GenerateRequest, context: ContextOf, http_request: Request) -> Response:
     """Generate text: a JSON object, or server-sent events if `stream` is true."""
     if body.streams:
@@ -36,13 +36,13 @@ async def generate(body: GenerateRequest, context: ContextOf, http_request: Requ
     return await serving.answer(context, http_request, body)
 
 
-@router.post("/generate_stream", response_class=Response, responses={200: STREAM, **TGI_RESPONSES})
+@router.post("/generate_stream", response_class=Response, responses={200: STREAM, **RESPONSES})
 async def generate_stream(body: StreamRequest, context: ContextOf, http_request: Request) -> Response:
     """Generate text as server-sent events, one for each token."""
     return await serving.stream(context, http_request, body)
 
 
-@router.post("/", response_model=list[GenerateResponse], responses={200: STREAM, **TGI_RESPONSES})
+@router.post("/", response_model=list[GenerateResponse], responses={200: STREAM, **RESPONSES})
 async def generate_list(body: GenerateRequest, context: ContextOf, http_request: Request) -> Response:
     """As /generate, but the JSON answer is a list of one."""
     if body.streams:
@@ -50,7 +50,7 @@ async def generate_list(body: GenerateRequest, context: ContextOf, http_request:
     return await serving.answer(context, http_request, body, as_list=True)
 
 
-@router.get("/info", responses={401: TGI_RESPONSES[401]})
+@router.get("/info", responses={401: RESPONSES[401]})
 def info(context: ContextOf) -> Info:
     """The model, the limits of requests, and what a conversation costs."""
     engine = context.engine.info

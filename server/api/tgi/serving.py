@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
-from server.api.errors import error_body
-from server.api.streaming import event_answer, sse, whole_answer
+from server.api.streaming import event_answer, whole_answer
 from server.api.submission import Submission, open_streams
+from server.api.tgi import errors
+from server.api.tgi.errors import FINISH_REASONS
 from server.api.tgi.protocol import (
     BestOfSequence,
     Details,
@@ -78,7 +79,7 @@ async def answer(context: Context, http_request: Request, body: GenerateRequest,
 async def stream(context: Context, http_request: Request, body: GenerateRequest) -> Response:
     streams = await _open(context, http_request, body)
     events = _events(body, streams[0], context.engine.info.tokenizer)
-    return await event_answer(http_request, streams, events, lambda error: _sse(error_body(error, "tgi")))
+    return await event_answer(http_request, streams, events, errors.error_event)
 
 
 async def _open(context: Context, http_request: Request, body: GenerateRequest) -> list[TextStream]:
@@ -111,7 +112,7 @@ def whole(
 def details(text: Completion, params: SamplingParams, num_cached_tokens: int, tokenizer: Tokenizer) -> Details:
     assert text.finish_reason is not None
     return Details(
-        finish_reason=text.finish_reason,
+        finish_reason=FINISH_REASONS[text.finish_reason],
         generated_tokens=len(text.tokens),
         seed=_told_seed(params, text.index),
         cached_tokens=num_cached_tokens,
@@ -141,13 +142,13 @@ async def _events(body: GenerateRequest, stream: TextStream, tokenizer: Tokenize
         events = []
         for output in outputs:
             text.add(output)
-            events.append(_sse(event(body, stream.request, text, tokenizer)))
+            events.append(errors.event(event(body, stream.request, text, tokenizer)))
         yield b"".join(events)
 
 
 def event(body: GenerateRequest, request: EngineRequest, text: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     """The StreamEvent of the last token of the text so far. Plain dictionaries: one is made for every token."""
-    token, ended = text.tokens[-1], text.finish_reason is not None
+    token, ended = text.tokens[-1], text.finish_reason
     content = {
         "index": len(text.tokens),
         "token": _token(token),
@@ -158,17 +159,13 @@ def event(body: GenerateRequest, request: EngineRequest, text: Completion, token
         content["top_tokens"] = _top_tokens(token, tokenizer)
     if ended and body.given.details:
         content["details"] = {
-            "finish_reason": text.finish_reason,
+            "finish_reason": FINISH_REASONS[ended],
             "generated_tokens": len(text.tokens),
             "seed": _told_seed(request.params, text.index),
             "input_length": request.num_prompt_tokens,
             "cached_tokens": request.num_cached_tokens,
         }
     return content
-
-
-def _sse(content: object) -> bytes:
-    return sse(content, "data:")
 
 
 def _token(token: TokenOutput) -> dict[str, Any]:
