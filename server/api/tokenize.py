@@ -9,10 +9,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from server.api.context import ContextOf
-from server.api.openai.protocol import Message, TokenId
-from server.api.openai.serving import as_template_input, check_model
-from server.api.validation import Body
+from server.api.context import ContextOf, check_model
+from server.api.messages import Message, as_template_input
+from server.api.validation import Body, TokenId
 
 ERRORS = (401, 404, 413, 422)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from server.api.tgi.errors import FINISH_REASONS, TYPES
 from server.api.validation import Body
 from server.engine import FinishReason, LLMEngine
 from server.errors import InvalidRequestError, OverloadedError
+from tests.test_layers import imported
 
+API = Path(app.__file__).parent
 router = APIRouter(prefix="/v1/messages")
 
 
@@ -70,3 +73,12 @@ def test_a_new_contract_is_one_entry(
 def test_each_contract_has_a_name_for_everything() -> None:
     assert set(TYPES) == set(NAMES) == set(STATUSES)
     assert set(FINISH_REASONS) == set(OPENAI_FINISH_REASONS) == set(FinishReason)
+
+
+def test_contracts_depend_on_no_other_and_nothing_else_on_them() -> None:
+    contracts = {folder.parent.name for folder in API.glob("*/contract.py")}
+    assert len(contracts) == len(app.CONTRACTS)
+    for path in API.rglob("*.py"):
+        if path != API / "app.py":
+            others = contracts - set(path.relative_to(API).parts)
+            assert not [name for name in imported(path) for other in others if name.startswith(f"server.api.{other}")]

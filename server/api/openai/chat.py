@@ -10,12 +10,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.context import Context
+from server.api.messages import as_template_input
 from server.api.openai.errors import FINISH_REASONS, error_event
 from server.api.openai.protocol import ChatCompletionRequest
 from server.api.openai.serving import (
     Call,
     admit,
-    as_template_input,
     open_call,
     sampling_params,
     token_name,

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.context import Context, ContextOf
+from server.api.context import Context, ContextOf, check_model
 from server.api.openai import chat, completions
 from server.api.openai.errors import RESPONSES
 from server.api.openai.protocol import (
@@ -18,7 +18,6 @@ from server.api.openai.protocol import (
     ModelCard,
     ModelList,
 )
-from server.api.openai.serving import check_model
 from server.api.streaming import EVENT_STREAM
 
 router = APIRouter(prefix="/v1", tags=["openai"])

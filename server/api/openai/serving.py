@@ -15,18 +15,16 @@ from fastapi import Request
 
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
-from server.api.context import Context
+from server.api.context import Context, check_model
 from server.api.openai.errors import DONE
-from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat, Message
+from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat
 from server.api.record import record_of
 from server.api.streaming import sse
 from server.api.submission import Prompt, Submission, open_streams
 from server.api.turns import TextStream
 from server.engine import Admission
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import InvalidRequestError
 
-# huggingface_hub and text-generation send these whatever the model is called.
-PLACEHOLDER_NAMES = frozenset({"", "dummy", "tgi"})
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 
 
@@ -120,15 +118,6 @@ async def open_call(
     )
     streams = await open_streams(http_request, context, admission, submission)
     return Call(body, context, streams, f"{prefix}-{record_of(http_request).request_id}")
-
-
-def as_template_input(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
-
-
-def check_model(context: Context, name: str | None) -> None:
-    if name is not None and name not in PLACEHOLDER_NAMES and name != context.config.model_name:
-        raise NotFoundError(f"There is no model {name[:100]!r} here, only {context.config.model_name!r}.")
 
 
 def sampling_params(body: GenerationRequest, **others: Any) -> SamplingParams:
