@@ -17,7 +17,8 @@ from server.api.config import APIConfig
 from server.engine import EngineConfig, LLMEngine, PrefixStore
 from server.errors import ConfigurationError
 from server.logs import LogFormat, configure_logging
-from server.sessions import SessionsConfig, open_prefix_store, open_store
+from server.sessions import SessionsConfig
+from server.stores import open_prefix_store, open_store
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores in a period, and the period's
 # The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.

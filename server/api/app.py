@@ -23,7 +23,8 @@ from server.api.tgi.contract import TGI
 from server.api.tracing import Tracer
 from server.engine import AsyncEngine, LLMEngine, PrefixStore, StoredPrefixes
 from server.metrics import Metrics
-from server.sessions import Sessions, SessionsConfig, SessionStore, SQLiteStore
+from server.sessions import Sessions, SessionsConfig
+from server.stores import SessionStore, SQLiteSessionStore
 
 CONTRACTS = (TGI, OPENAI)
 
@@ -45,7 +46,7 @@ def create_app(
     metrics = Metrics(engine, config.model_name)
     stored = StoredPrefixes(prefix_store, engine, metrics.on_drop) if prefix_store else None
     async_engine = AsyncEngine(engine, metrics, stored)
-    sessions = Sessions(store or SQLiteStore(":memory:"), engine, sessions_config)
+    sessions = Sessions(store or SQLiteSessionStore(":memory:"), engine, sessions_config)
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager

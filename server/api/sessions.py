@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from server.api.context import ContextOf, owner_of
 from server.api.validation import Body
-from server.sessions import Session
+from server.stores import Session
 
 FILE = "application/octet-stream"
 MAX_FORKS = 256

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from server.engine import Conversation, LLMEngine
 from server.errors import BusySessionError, ConfigurationError, NotFoundError, QuotaError
-from server.sessions.store import Session, SessionStore
+from server.stores import Session, SessionStore
 
 EMPTY = b""  # the conversation of a session without turns
 

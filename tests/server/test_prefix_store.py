@@ -15,7 +15,7 @@ import pytest
 from model import AFTForCausalLM, Tokenizer
 from server.engine import AsyncEngine, EngineConfig, LLMEngine, PrefixStore, Request, SamplingParams, StoredPrefixes
 from server.errors import StoreUnavailableError
-from server.sessions import open_prefix_store
+from server.stores import open_prefix_store
 from tests.conftest import random_model, tiny_config
 from tests.redis_server import RedisServer, needs_redis
 

@@ -27,7 +27,8 @@ from server.errors import (
     QuotaError,
     StoreUnavailableError,
 )
-from server.sessions import Session, Sessions, SessionsConfig, SessionStore, SQLiteStore, open_store, sqlite
+from server.sessions import Sessions, SessionsConfig
+from server.stores import Session, SessionStore, SQLiteSessionStore, open_store, sqlite
 from tests.redis_server import RedisServer, needs_redis
 
 
@@ -83,7 +84,7 @@ def test_sessions_end_with_their_time(store: SessionStore) -> None:
 
 
 def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
-    store = SQLiteStore(tmp_path / "sessions.sqlite")
+    store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
     store.create(session("a", expires_in=10), b"", 9)
     store.remove_expired(NOW + 15)
     assert store.load("a", "", NOW) is None
@@ -137,13 +138,41 @@ def test_a_lost_redis_fails_one_request_after_another_until_it_is_back(tmp_path:
 
 def test_a_locked_file_fails_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.1)
-    store = SQLiteStore(tmp_path / "sessions.sqlite")
+    store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
     other = sqlite3.connect(tmp_path / "sessions.sqlite")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StoreUnavailableError, match="does not answer"):
         store.create(session("a"), b"", 9)
     other.close()
     assert store.create(session("a"), b"", 9)
+    store.close()
+
+
+def damage(path: Path) -> None:
+    """All of an SQLite file but its first page, so that it opens as before."""
+    content = bytearray(path.read_bytes())
+    assert len(content) > 4096
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    path.write_bytes(content)
+
+
+def test_a_damaged_file_fails_one_request_after_another(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite"
+    store = SQLiteSessionStore(path)
+    assert store.create(session("a"), b"", 9)
+    store.close()
+    damage(path)
+    store = SQLiteSessionStore(path)
+    works: list[Callable[[], object]] = [
+        lambda: store.load("a", "", NOW),
+        lambda: store.list("", NOW),
+        lambda: store.commit(session("a", 1), b"one"),
+        lambda: store.create(session("b"), b"", 9),
+        lambda: store.delete("a", ""),
+    ]
+    for work in works:
+        with pytest.raises(StoreUnavailableError, match="does not answer"):
+            work()
     store.close()
 
 

@@ -14,8 +14,10 @@ from model import AFTForCausalLM, Tokenizer
 from server.api.app import create_app
 from server.api.config import APIConfig
 from server.engine import LLMEngine
-from server.sessions import SessionsConfig, SQLiteStore, open_store
+from server.sessions import SessionsConfig
+from server.stores import SQLiteSessionStore, open_store
 from tests.redis_server import RedisServer, needs_redis
+from tests.server.test_sessions import damage
 
 PARAMETERS = {"max_new_tokens": 6, "details": True}
 
@@ -155,7 +157,7 @@ def test_a_refused_turn_leaves_the_session_free_and_as_it_was(client: TestClient
 
 
 def test_keys_have_their_own_sessions_and_quotas(network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    store = SQLiteStore(tmp_path / "sessions.sqlite")
+    store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
     app = create_app(
         LLMEngine(network, tokenizer), APIConfig(api_keys=("one", "two")), None, store, SessionsConfig(max_sessions=1)
     )
@@ -195,10 +197,28 @@ def test_without_redis_sessions_get_503_and_others_are_served(
             assert client.get(f"/sessions/{name}").json()["turns"] == 2
 
 
+def test_a_damaged_store_gives_503_and_others_are_served(
+    network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "sessions.sqlite"
+    with TestClient(create_app(LLMEngine(network, tokenizer), store=SQLiteSessionStore(path))) as client:
+        name = new(client)
+    damage(path)
+    with TestClient(create_app(LLMEngine(network, tokenizer), store=SQLiteSessionStore(path))) as client:
+        for answer in (
+            client.get("/sessions"),
+            client.get(f"/sessions/{name}"),
+            client.post("/sessions"),
+            client.post("/generate", json={"inputs": "The fox", "session_id": name}),
+        ):
+            assert (answer.status_code, answer.json()["error_type"]) == (503, "overloaded")
+        assert client.post("/generate", json={"inputs": "The fox"}).status_code == 200
+
+
 def test_sessions_survive_the_server(network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
     texts, name = [], ""
     for _ in range(2):
-        store = SQLiteStore(tmp_path / "sessions.sqlite")
+        store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
         with TestClient(create_app(LLMEngine(network, tokenizer), store=store)) as client:
             name = name or new(client)
             texts.append(turn(client, name, "The fox"))

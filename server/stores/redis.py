@@ -20,7 +20,7 @@ from redis.commands.core import Script
 from redis.retry import Retry
 
 from server.errors import ConfigurationError
-from server.sessions.store import Session, unavailable
+from server.stores.base import Session, unavailable
 
 SESSION, OWNER = "aft:session:", "aft:sessions-of:"  # prefixes of keys
 FIELDS = [field.name for field in fields(Session)]
@@ -91,7 +91,7 @@ end
 """
 
 
-class RedisStore:
+class RedisSessionStore:
     """url: redis://[user:password@]host:port/database, or rediss:// for TLS. Use as `SessionStore` says.
 
     Raises ConfigurationError if there is no Redis at `url`, StoreUnavailableError if it fails later. Whether a turn
@@ -141,7 +141,7 @@ class RedisStore:
 
 
 class RedisPrefixStore:
-    """Use as `PrefixStore` says; opened as RedisStore."""
+    """Use as `PrefixStore` says; opened as RedisSessionStore."""
 
     def __init__(self, url: str, max_bytes: int) -> None:
         self._client, self.max_bytes = connect(url, PREFIX_TIMEOUT_SECONDS), max_bytes
