@@ -74,9 +74,9 @@ async def delete_session(session_id: SessionId, context: ContextOf, request: Req
 
 @router.post("/{session_id}/fork", status_code=201)
 async def fork_session(session_id: SessionId, body: ForkRequest, context: ContextOf, request: Request) -> SessionList:
-    """New sessions that go on from where this one is."""
-    owner = owner_of(request)
-    return SessionList(sessions=[card(await context.sessions.fork(session_id, owner)) for _ in range(body.n)])
+    """New sessions that go on from where this one is: as many as were asked for, or none."""
+    forks = await context.sessions.fork(session_id, owner_of(request), body.n)
+    return SessionList(sessions=[card(session) for session in forks])
 
 
 @router.get("/{session_id}/export", response_class=Response, responses=FILE_ANSWER)

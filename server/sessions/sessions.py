@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from server.engine import Conversation, LLMEngine
@@ -51,12 +51,12 @@ class Sessions:
 
     async def create(self, owner: str) -> Session:
         """A session without turns. Raises QuotaError if the owner has too many."""
-        return await self._add(owner, 0, 0, EMPTY)
+        return (await self._add(owner, 0, 0, EMPTY))[0]
 
-    async def fork(self, session_id: str, owner: str) -> Session:
-        """A new session with the conversation of another. Raises NotFoundError and QuotaError."""
+    async def fork(self, session_id: str, owner: str, n: int = 1) -> Sequence[Session]:
+        """n new sessions with the conversation of another, or none. Raises NotFoundError and QuotaError."""
         session, data = await self._load(session_id, owner)
-        return await self._add(owner, session.turn, session.num_tokens, data)
+        return await self._add(owner, session.turn, session.num_tokens, data, n)
 
     async def get(self, session_id: str, owner: str) -> Session:
         """Raises NotFoundError."""
@@ -80,7 +80,7 @@ class Sessions:
     async def import_(self, data: bytes, owner: str) -> Session:
         """A new session from such a file. Raises InvalidConversationError and QuotaError."""
         conversation = await asyncio.to_thread(self._parse, data)
-        return await self._add(owner, 1, conversation.num_tokens, data)
+        return (await self._add(owner, 1, conversation.num_tokens, data))[0]
 
     async def begin_turn(self, session_id: str, owner: str) -> Turn:
         """Raises NotFoundError, and BusySessionError while another turn is under way."""
@@ -112,13 +112,16 @@ class Sessions:
     def release(self, session_id: str) -> None:
         self._busy.discard(session_id)
 
-    async def _add(self, owner: str, turn: int, num_tokens: int, data: bytes) -> Session:
-        now = self._clock()
+    async def _add(self, owner: str, turn: int, num_tokens: int, data: bytes, n: int = 1) -> Sequence[Session]:
+        now, most = self._clock(), self.config.max_sessions
         await asyncio.to_thread(self.store.remove_expired, now)
-        session = Session(uuid.uuid4().hex, owner, turn, num_tokens, now, now, now + self.config.session_ttl)
-        if not await asyncio.to_thread(self.store.create, session, data, self.config.max_sessions):
-            raise QuotaError(f"There are {self.config.max_sessions} sessions already, as many as are allowed.")
-        return session
+        end = now + self.config.session_ttl
+        added = [Session(uuid.uuid4().hex, owner, turn, num_tokens, now, now, end) for _ in range(n)]
+        if not await asyncio.to_thread(self.store.create, added, data, most):
+            if n == 1:
+                raise QuotaError(f"There are {most} sessions already, as many as are allowed.")
+            raise QuotaError(f"{n} more would make more than the {most} sessions that are allowed.")
+        return added
 
     async def _load(self, session_id: str, owner: str) -> tuple[Session, bytes]:
         found = await asyncio.to_thread(self.store.load, session_id, owner, self._clock())

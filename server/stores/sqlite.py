@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import time
@@ -48,15 +49,17 @@ class SQLiteSessionStore:
     def __init__(self, path: Path | str) -> None:
         self._database = _Database(path, SCHEMA, BUSY_SECONDS, "FULL")
 
-    def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
-        values = (*vars(session).values(), data)
-        # One statement, so that two servers cannot both see the last free place.
+    def create(self, sessions: Sequence[Session], data: bytes, max_per_owner: int) -> bool:
+        first, ids = sessions[0], json.dumps([session.session_id for session in sessions])
+        _, *values = vars(first).values()
+        # One statement, so that all are there or none, and two servers cannot both see the last free place.
         n_added = self._database.change(
-            f"INSERT INTO sessions ({FIELDS}, data) SELECT ?, ?, ?, ?, ?, ?, ?, ? "
-            "WHERE (SELECT count(*) FROM sessions WHERE owner = ? AND expires_at > ?) < ?",
-            *(*values, session.owner, session.created_at, max_per_owner),
+            f"INSERT INTO sessions ({FIELDS}, data) SELECT value, ?, ?, ?, ?, ?, ?, ? FROM json_each(?) "
+            "WHERE (SELECT count(*) FROM sessions WHERE owner = ? AND expires_at > ?) + ? <= ?",
+            *(*values, data, ids),
+            *(first.owner, first.created_at, len(sessions), max_per_owner),
         )
-        return n_added == 1
+        return n_added == len(sessions)
 
     def load(self, session_id: str, owner: str, now: float) -> tuple[Session, bytes] | None:
         rows = self._database.rows(

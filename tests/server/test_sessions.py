@@ -48,7 +48,7 @@ def session(name: str, turn: int = 0, owner: str = "", expires_in: float = 100.0
 
 
 def test_a_store_gives_back_what_it_was_given(store: SessionStore) -> None:
-    assert store.create(session("a"), b"", 9)
+    assert store.create([session("a")], b"", 9)
     assert store.load("a", "", NOW) == (session("a"), b"")
     assert store.commit(session("a", 1), b"one")
     assert store.load("a", "", NOW) == (session("a", 1), b"one")
@@ -62,30 +62,42 @@ def test_a_store_gives_back_what_it_was_given(store: SessionStore) -> None:
 
 
 def test_owners_do_not_see_each_other_and_have_quotas(store: SessionStore) -> None:
-    assert store.create(session("a", owner="x"), b"", 2)
-    assert store.create(session("b", owner="x"), b"", 2)
-    assert not store.create(session("c", owner="x"), b"", 2)
-    assert store.create(session("d", owner="y"), b"", 2)
+    assert store.create([session("a", owner="x")], b"", 2)
+    assert store.create([session("b", owner="x")], b"", 2)
+    assert not store.create([session("c", owner="x")], b"", 2)
+    assert store.create([session("d", owner="y")], b"", 2)
     assert store.load("a", "y", NOW) is None
     assert not store.delete("a", "y")
     assert not store.commit(session("a", 1, owner="y"), b"")
     assert {found.session_id for found in store.list("x", NOW)} == {"a", "b"}
 
 
+def test_several_are_created_all_or_none(store: SessionStore) -> None:
+    assert store.create([session("a")], b"", 5)
+    assert store.create([session(name, owner="y") for name in "xyz"], b"", 5)
+    assert not store.create([session(name) for name in "bcdef"], b"one", 5)
+    assert [found.session_id for found in store.list("", NOW)] == ["a"]
+    assert store.create([session(name, turn=1) for name in "bcde"], b"one", 5)
+    assert {found.session_id for found in store.list("", NOW)} == set("abcde")
+    for name in "bcde":
+        assert store.load(name, "", NOW) == (session(name, 1), b"one")
+    assert not store.create([session("f")], b"", 5)
+
+
 def test_sessions_end_with_their_time(store: SessionStore) -> None:
-    assert store.create(session("a", expires_in=10), b"", 2)
-    assert store.create(session("b", expires_in=20), b"", 2)
+    assert store.create([session("a", expires_in=10)], b"", 2)
+    assert store.create([session("b", expires_in=20)], b"", 2)
     assert store.load("a", "", NOW + 10) is None
     assert [found.session_id for found in store.list("", NOW + 15)] == ["b"]
     store.remove_expired(NOW + 15)
     assert store.load("b", "", NOW + 15) is not None
-    assert store.create(replace(session("c"), created_at=NOW + 15), b"", 2)
-    assert not store.create(replace(session("d"), created_at=NOW + 15), b"", 2)
+    assert store.create([replace(session("c"), created_at=NOW + 15)], b"", 2)
+    assert not store.create([replace(session("d"), created_at=NOW + 15)], b"", 2)
 
 
 def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
     store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
-    store.create(session("a", expires_in=10), b"", 9)
+    store.create([session("a", expires_in=10)], b"", 9)
     store.remove_expired(NOW + 15)
     assert store.load("a", "", NOW) is None
     store.close()
@@ -95,7 +107,7 @@ def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
 def test_what_has_ended_takes_no_room_in_redis(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server, Redis.from_url(server.url) as client:
         store = open_store(server.url)
-        store.create(replace(session("a"), expires_at=time.time() + 0.2), b"", 9)
+        store.create([replace(session("a"), expires_at=time.time() + 0.2)], b"", 9)
         assert len(client.keys()) == 2
         time.sleep(0.3)
         assert client.keys() == []
@@ -107,7 +119,7 @@ def test_the_last_place_goes_to_one_of_several_servers(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server:
         stores = [open_store(server.url) for _ in range(4)]
         with ThreadPoolExecutor(8) as pool:
-            created = list(pool.map(lambda i: stores[i % 4].create(session(f"{i}"), b"", 10), range(40)))
+            created = list(pool.map(lambda i: stores[i % 4].create([session(f"{i}")], b"", 10), range(40)))
             assert sum(created) == 10
             name = str(created.index(True))
             committed = list(pool.map(lambda i: stores[i % 4].commit(session(name, 1), b"%d" % i), range(40)))
@@ -121,7 +133,7 @@ def test_the_last_place_goes_to_one_of_several_servers(tmp_path: Path) -> None:
 def test_a_lost_redis_fails_one_request_after_another_until_it_is_back(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server:
         store = open_store(server.url)
-        store.create(session("a"), b"", 9)
+        store.create([session("a")], b"", 9)
         server.kill()
         for _ in range(2):
             with pytest.raises(StoreUnavailableError, match="does not answer"):
@@ -142,9 +154,9 @@ def test_a_locked_file_fails_one_request(tmp_path: Path, monkeypatch: pytest.Mon
     other = sqlite3.connect(tmp_path / "sessions.sqlite")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StoreUnavailableError, match="does not answer"):
-        store.create(session("a"), b"", 9)
+        store.create([session("a")], b"", 9)
     other.close()
-    assert store.create(session("a"), b"", 9)
+    assert store.create([session("a")], b"", 9)
     store.close()
 
 
@@ -159,7 +171,7 @@ def damage(path: Path) -> None:
 def test_a_damaged_file_fails_one_request_after_another(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite"
     store = SQLiteSessionStore(path)
-    assert store.create(session("a"), b"", 9)
+    assert store.create([session("a")], b"", 9)
     store.close()
     damage(path)
     store = SQLiteSessionStore(path)
@@ -167,7 +179,7 @@ def test_a_damaged_file_fails_one_request_after_another(tmp_path: Path) -> None:
         lambda: store.load("a", "", NOW),
         lambda: store.list("", NOW),
         lambda: store.commit(session("a", 1), b"one"),
-        lambda: store.create(session("b"), b"", 9),
+        lambda: store.create([session("b")], b"", 9),
         lambda: store.delete("a", ""),
     ]
     for work in works:
@@ -303,7 +315,7 @@ def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer, ne
             await sessions.export(name, "me")
         await take_turn(sessions, engine, name, [1, 5, 6])
         data = await sessions.export(name, "me")
-        fork = (await sessions.fork(name, "me")).session_id
+        (fork,) = [session.session_id for session in await sessions.fork(name, "me")]
         copy = (await sessions.import_(data, "me")).session_id
         texts = [await take_turn(sessions, engine, which, [8]) for which in (name, fork, copy)]
         assert texts[0] == texts[1] == texts[2]
@@ -331,5 +343,8 @@ def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer, network: A
         now[0] += 60
         assert [found.session_id for found in await sessions.list("me")] == [first]
         await sessions.create("me")
+        with pytest.raises(QuotaError, match="2 more would make more than the 2 sessions"):
+            await sessions.fork(first, "me", 2)
+        assert len(await sessions.list("me")) == 2
 
     in_sessions(store, network, tokenizer, main, clock=lambda: now[0], session_ttl=100, max_sessions=2)

@@ -94,6 +94,18 @@ def test_a_fork_goes_its_own_way(client: TestClient, session: str) -> None:
     assert client.get(f"/sessions/{forks[0]['session_id']}").json()["turns"] == 2
 
 
+def test_forks_over_the_quota_leave_nothing(network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+    app = create_app(LLMEngine(network, tokenizer), sessions_config=SessionsConfig(max_sessions=5))
+    with TestClient(app) as client:
+        name = new(client)
+        turn(client, name, "The fox")
+        refused = client.post(f"/sessions/{name}/fork", json={"n": 10})
+        assert refused.status_code == 429
+        assert [found["session_id"] for found in client.get("/sessions").json()["sessions"]] == [name]
+        assert len(client.post(f"/sessions/{name}/fork", json={"n": 4}).json()["sessions"]) == 4
+        assert len(client.get("/sessions").json()["sessions"]) == 5
+
+
 def test_export_and_import(client: TestClient, session: str, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
     turn(client, session, "The fox")
     exported = client.get(f"/sessions/{session}/export")
