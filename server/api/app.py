@@ -82,7 +82,8 @@ def create_app(
     app.openapi = lambda: _openapi(app, contracts)  # type: ignore[method-assign]
     contracts.add_error_handlers(app)
     # The last one added sees a request first.
-    app.add_middleware(BodyLimit, contracts=contracts, max_bytes=config.max_body_size)
+    larger = {sessions_api.IMPORT_PATH: async_engine.info.file_bytes}  # what /export gives can always come back
+    app.add_middleware(BodyLimit, contracts=contracts, max_bytes=config.max_body_size, larger=larger)
     if config.api_keys:
         app.add_middleware(APIKeys, contracts=contracts, keys=config.api_keys)
     if config.cors_origins:

@@ -13,7 +13,7 @@ class APIConfig:
 
     model_name       what /v1/models lists and requests may ask for
     request_timeout  seconds after which a request fails, waiting included; None for never
-    max_body_size    bytes of a request's body at most
+    max_body_size    bytes of a request's body at most; the file of a session may always be as large as one is
     max_prompts      prompts of a request at most
     api_keys         what requests must send as "Authorization: Bearer KEY"; without any, everyone is served
     cors_origins     web origins whose pages may read answers; "*" for all

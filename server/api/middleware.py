@@ -8,7 +8,7 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -100,18 +100,22 @@ def _digest(key: bytes) -> bytes:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes`, by their Content-Length or as soon as more has come."""
+    """Refuses bodies of more than `max_bytes`, by their Content-Length or as soon as more has come.
 
-    def __init__(self, app: ASGIApp, contracts: Contracts, max_bytes: int) -> None:
-        self.app, self.contracts, self.max_bytes = app, contracts, max_bytes
+    larger: paths that take bodies of more, and of how many bytes.
+    """
+
+    def __init__(self, app: ASGIApp, contracts: Contracts, max_bytes: int, larger: Mapping[str, int]) -> None:
+        self.app, self.contracts, self.max_bytes, self.larger = app, contracts, max_bytes, larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        error = PayloadTooLargeError(f"The body must have at most {self.max_bytes} bytes.")
+        max_bytes = max(self.max_bytes, self.larger.get(scope["path"], 0))
+        error = PayloadTooLargeError(f"The body must have at most {max_bytes} bytes.")
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > self.max_bytes:
+        if not length.isdigit() or int(length[:20]) > max_bytes:
             await self.contracts.error_response(error, scope["path"])(scope, receive, send)
             return
         n_bytes = 0
@@ -120,7 +124,7 @@ class BodyLimit:
             nonlocal n_bytes
             message = await receive()
             n_bytes += len(message.get("body", b""))
-            if n_bytes > self.max_bytes:
+            if n_bytes > max_bytes:
                 raise error
             return message
 

@@ -23,6 +23,7 @@ FILE_BODY: dict[str, Any] = {
 FILE_ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": {FILE: {}}}}
 
 router = APIRouter(prefix="/sessions", tags=["sessions"])
+IMPORT_PATH = "/sessions/import"
 
 
 class SessionCard(BaseModel):

@@ -8,6 +8,8 @@ from typing import Self
 from model.tokenizer import Tokenizer
 from server.engine.llm_engine import LLMEngine
 
+HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 2048, 256  # of a safetensors file: about twice of what is needed
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
@@ -21,6 +23,7 @@ class EngineInfo:
     n_slots        texts decoded at a time
     capacity       requests that are run or wait at a time: one for each slot, and the queue
     state_bytes    of one conversation in memory, at any length
+    file_bytes     of one conversation as a file, at most
     kv_cache_bytes_per_token  what a Transformer of the same shape would add for each token
     """
 
@@ -34,11 +37,13 @@ class EngineInfo:
     n_slots: int
     capacity: int
     state_bytes: int
+    file_bytes: int
     kv_cache_bytes_per_token: int
 
     @classmethod
     def of(cls, engine: LLMEngine) -> Self:
         config, n_slots = engine.model.config, engine.pool.n_slots
+        state_bytes, n_tensors = engine.pool.nbytes // n_slots, len(engine.pool.states.tensors())
         return cls(
             tokenizer=engine.tokenizer,
             fingerprint=engine.fingerprint,
@@ -49,6 +54,8 @@ class EngineInfo:
             max_model_len=engine.max_model_len,
             n_slots=n_slots,
             capacity=n_slots + engine.config.max_queue_length,
-            state_bytes=engine.pool.nbytes // n_slots,
+            state_bytes=state_bytes,
+            # The state, the logits that follow, the token to be read next, and a header with a line for each.
+            file_bytes=state_bytes + 4 * config.vocab_size + HEADER_BYTES_PER_TENSOR * (n_tensors + 2) + HEADER_BYTES,
             kv_cache_bytes_per_token=2 * config.n_layer * config.d_model * 4,
         )

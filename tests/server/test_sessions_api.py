@@ -11,11 +11,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from model import AFTForCausalLM, Tokenizer
+from model.config import Variant
 from server.api.app import create_app
 from server.api.config import APIConfig
 from server.engine import LLMEngine
 from server.sessions import SessionsConfig
 from server.stores import SQLiteSessionStore, open_store
+from tests.conftest import VARIANTS, random_model, tiny_config
 from tests.redis_server import RedisServer, needs_redis
 from tests.server.test_sessions import damage
 
@@ -122,6 +124,21 @@ def test_export_and_import(client: TestClient, session: str, network: AFTForCaus
     damaged = client.post("/sessions/import", content=exported.content[:-3])
     assert damaged.status_code == 422
     assert damaged.json()["error"].startswith("The conversation is damaged")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_was_exported_can_come_back_whatever_the_limit(variant: Variant, tokenizer: Tokenizer) -> None:
+    model = random_model(tiny_config(variant, n_layer=6))
+    with TestClient(create_app(LLMEngine(model, tokenizer), APIConfig(max_body_size=200))) as client:
+        name = new(client)
+        turn(client, name, "The fox")
+        exported = client.get(f"/sessions/{name}/export").content
+        assert client.post("/sessions/import", content=exported).status_code == 201
+        larger = client.post("/sessions/import", content=exported * 3)
+        assert larger.status_code == 413
+        most = client.app.state.context.engine.info.file_bytes  # type: ignore[attr-defined]
+        assert larger.json()["error"] == f"The body must have at most {most} bytes."
+        assert client.post("/generate", json={"inputs": "a" * 200}).status_code == 413
 
 
 def test_refusals(client: TestClient, session: str) -> None:
