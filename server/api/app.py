@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -55,12 +56,13 @@ def create_app(
             stored.start()
         async_engine.start()
         yield
-        async_engine.stop()
+        # In threads: those who wait for a last step still read their answers.
+        await asyncio.to_thread(async_engine.stop)
         if stored:
-            stored.close()
+            await asyncio.to_thread(stored.close)
         sessions.store.close()
         if tracer:
-            tracer.close()
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="AFT server",

@@ -13,6 +13,7 @@ from model.errors import ModelError
 from server.api.validation import invalid_field, validation_sentence
 from server.errors import (
     BusySessionError,
+    EngineDeadError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
@@ -46,6 +47,7 @@ STATUSES: Mapping[Kind, int] = {
     GenerationError: 424,
     RequestTimeoutError: 504,
     ShuttingDownError: 503,
+    EngineDeadError: 503,
     StoreUnavailableError: 503,
 }
 FAILED = 500  # what nobody foresaw

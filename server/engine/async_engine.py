@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from model.sampling import Grammar, SamplingParams
@@ -24,6 +25,7 @@ from server.engine.request import Request, RequestOutput
 from server.engine.request_stream import RequestStream
 from server.engine.structured_output import GrammarCompiler, Matcher
 from server.errors import (
+    EngineDeadError,
     GenerationError,
     InvalidRequestError,
     OverloadedError,
@@ -33,6 +35,7 @@ from server.errors import (
 
 logger = logging.getLogger(__name__)
 
+GRAMMAR_THREADS = 2  # that compile at a time
 LONG_PROMPT = 4096  # characters from which a prompt is tokenised in a thread, so that streams go on meanwhile
 
 
@@ -65,7 +68,10 @@ class AsyncEngine:
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
         self._n_requests = self._n_open = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Their own: a grammar past its timeout goes on, and must not take a thread of sessions, templates and prompts.
+        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
+        self._draining = self._has_died = False
 
     def start(self) -> None:
         """To be called on the event loop that will read the outputs."""
@@ -75,7 +81,7 @@ class AsyncEngine:
     @property
     def is_alive(self) -> bool:
         """Whether there is a thread to generate."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._has_died
 
     @property
     def is_ready(self) -> bool:
@@ -103,8 +109,8 @@ class AsyncEngine:
     def admit(self, n_requests: int = 1) -> Admission:
         """Take places for requests, all or none, before anything is done for them: `with engine.admit() as admission`.
 
-        Raises OverloadedError if the queue has not as many, InvalidRequestError if it never has, and
-        ShuttingDownError.
+        Raises OverloadedError if the queue has not as many, InvalidRequestError if it never has, ShuttingDownError,
+        and EngineDeadError if there is no thread to generate.
         """
         arrived_at = time.monotonic()
         self._check_ready()
@@ -135,8 +141,8 @@ class AsyncEngine:
         before any work is done, and raises as `admit`; add_special_tokens: whether a text is preceded by the
         end-of-text token, as every text the model learned from was; truncate: keep the last tokens of the prompt
         only; timeout in seconds from arrival; start, keep_conversation: as of Request, whose prompt is the unread
-        tokens of start and then `prompt`. Raises ShuttingDownError, InvalidRequestError, and ModelError for bad text
-        or parameters. The stream must be closed, whatever happens.
+        tokens of start and then `prompt`. Raises InvalidRequestError, ModelError for bad text or parameters,
+        ShuttingDownError and EngineDeadError. The stream must be closed, whatever happens.
         """
         with contextlib.nullcontext(admission) if admission else self.admit() as place:
             prompt_ids = await self.encode(prompt, add_special_tokens=add_special_tokens, truncate=truncate)
@@ -189,13 +195,17 @@ class AsyncEngine:
                 f"grammar must have at most {longest} characters here, not {len(grammar.source)}."
             )
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._grammars.compile, grammar), timeout)
+            loop = asyncio.get_running_loop()
+            compiling = loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
+            return await asyncio.wait_for(compiling, timeout)
         except TimeoutError as error:
             raise InvalidRequestError(f"grammar took more than the {timeout:g} seconds it may take here.") from error
 
     def _check_ready(self) -> None:
-        if not self.is_ready:
+        if self._draining:
             raise _shutting_down()
+        if not self.is_alive:
+            raise _dead()
 
     def _give_back(self, n_places: int) -> None:
         self._n_requests -= n_places
@@ -224,6 +234,18 @@ class AsyncEngine:
     # The engine's thread
 
     def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception:
+            logger.critical("The engine has failed: nothing can be generated any more.", exc_info=True)
+            self._has_died = True
+            self._tell_all(_dead)
+            while (command := self._commands.get()) is not None:  # of requests that were on their way here
+                with contextlib.suppress(Exception):
+                    command()
+                self._tell_all(_dead)
+
+    def _step_until_stopped(self) -> None:
         while True:
             while not self._engine.has_work or not self._commands.empty():
                 command = self._commands.get()
@@ -240,6 +262,7 @@ class AsyncEngine:
 
     def _send(self, outputs: list[tuple[RequestStream, RequestOutput]]) -> None:
         """All outputs of a step in one call: waking up the event loop costs as much as a token."""
+        assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody will read
             self._loop.call_soon_threadsafe(self._deliver, outputs, time.monotonic())
 
@@ -254,12 +277,17 @@ class AsyncEngine:
             self._engine.abort_request(request_id)
 
     def _end_all(self, make_error: Callable[[], ServerError]) -> None:
-        # An error of its own for each stream: raising one keeps its traceback in it.
-        outputs = []
-        for request_id, stream in self._streams.items():
+        for request_id in self._streams:
             self._engine.abort_request(request_id)
-            outputs.append((stream, RequestOutput(request_id, error=make_error())))
-        self._send(outputs)
+        self._tell_all(make_error)
+
+    def _tell_all(self, make_error: Callable[[], ServerError]) -> None:
+        # An error of its own for each stream: raising one keeps its traceback in it.
+        self._send([(stream, RequestOutput(name, error=make_error())) for name, stream in self._streams.items()])
+
+
+def _dead() -> ServerError:
+    return EngineDeadError("The engine has failed, and generates nothing until the server is restarted.")
 
 
 def _shutting_down() -> ServerError:

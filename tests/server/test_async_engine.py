@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ from model.sampling import Grammar, SamplingParams
 from server.engine import AsyncEngine, EngineConfig, LLMEngine, RequestStream
 from server.engine.async_engine import LONG_PROMPT
 from server.errors import (
+    EngineDeadError,
     GenerationError,
     InvalidRequestError,
     OverloadedError,
@@ -244,6 +247,43 @@ def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
         stream.close()
 
     in_engine(tokenizer, main)
+
+
+def test_an_engine_that_died_says_so_and_lets_nobody_wait(tokenizer: Tokenizer) -> None:
+    with running(tokenizer) as engine:
+
+        async def main() -> None:
+            engine.start()
+            before = await engine.submit("the fox", ENDLESS)
+            with mock.patch.object(engine._engine, "add_request", side_effect=RuntimeError("broken")):
+                last = await engine.submit("the fox", FIVE)
+                for stream in (before, last):
+                    with pytest.raises(EngineDeadError, match="until the server is restarted"):
+                        await ids(stream)
+            assert not engine.is_alive
+            with pytest.raises(EngineDeadError, match="until the server is restarted"):
+                await generate(engine)
+            assert engine.num_requests == 0
+            await asyncio.to_thread(engine.stop)
+
+        asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_grammars_that_never_compile_take_no_threads_of_others(tokenizer: Tokenizer) -> None:
+    hanging = threading.Event()
+
+    async def main(engine: AsyncEngine) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: hanging.wait()):
+            try:
+                with pytest.raises(InvalidRequestError, match=r"more than the 0\.01 seconds"):
+                    await generate(engine, SamplingParams(grammar=Grammar("regex", "a")))
+                long = await asyncio.wait_for(engine.encode("the fox " * LONG_PROMPT), timeout=30)
+                assert len(long) > LONG_PROMPT
+            finally:
+                hanging.set()
+
+    in_engine(tokenizer, main, grammar_timeout=0.01)
 
 
 def test_a_reader_far_behind_loses_its_request(tokenizer: Tokenizer) -> None:

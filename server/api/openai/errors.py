@@ -14,6 +14,7 @@ from server.api.streaming import sse
 from server.engine import FinishReason
 from server.errors import (
     BusySessionError,
+    EngineDeadError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
@@ -43,6 +44,7 @@ NAMES: Mapping[Kind, tuple[str, str | None]] = {
     GenerationError: ("generation_error", None),
     RequestTimeoutError: ("timeout_error", "deadline_exceeded"),
     ShuttingDownError: ("service_unavailable_error", "shutting_down"),
+    EngineDeadError: ("service_unavailable_error", "engine_dead"),
     StoreUnavailableError: ("service_unavailable_error", "store_unavailable"),
 }
 STATUSES: Mapping[Kind, int] = {InvalidRequestError: 400, ModelError: 400, RequestValidationError: 400}

@@ -14,6 +14,7 @@ from server.api.streaming import sse
 from server.engine import FinishReason
 from server.errors import (
     BusySessionError,
+    EngineDeadError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
@@ -44,6 +45,7 @@ TYPES: Mapping[Kind, ErrorType] = {
     GenerationError: "generation",
     RequestTimeoutError: "generation",
     ShuttingDownError: "overloaded",
+    EngineDeadError: "generation",
     StoreUnavailableError: "overloaded",
 }
 FINISH_REASONS: Mapping[FinishReason, FinishReasonName] = {
