@@ -14,7 +14,7 @@ from server.api.chat_template import ChatTemplate
 from server.config import ServerConfig
 from server.engine import LLMEngine
 from server.logs import configure_logging
-from server.sessions import open_prefix_store, open_store
+from server.stores import open_prefix_store, open_store
 from server.threads import use_threads
 
 # The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.

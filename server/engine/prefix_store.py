@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from server.engine.llm_engine import LLMEngine
-from server.engine.prefix_cache import Prefix
-from server.engine.snapshot import Key, KeyHash
+from server.engine.config import EngineConfig
+from server.engine.prefix_cache import Prefix, PrefixCache
+from server.engine.snapshot import Key, KeyHash, StateFiles
 from server.errors import InvalidConversationError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,15 @@ class StoredPrefixes:
     is looked for as a whole and at multiples of chunk_size. on_drop: told of each prefix that could not be stored.
     """
 
-    def __init__(self, store: PrefixStore, engine: LLMEngine, on_drop: Callable[[], None] = lambda: None) -> None:
-        self._store, self._cache, self._files, self._on_drop = store, engine.prefix_cache, engine.state_files, on_drop
-        config = engine.config
+    def __init__(
+        self,
+        store: PrefixStore,
+        cache: PrefixCache,
+        files: StateFiles,
+        config: EngineConfig,
+        on_drop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._cache, self._files, self._on_drop = store, cache, files, on_drop
         self._chunk_size = config.chunk_size
         # Other chunks, or states that were decoded in other batches, give other last bits.
         self._settings = f"{config.chunk_size} {config.batch_invariant} ".encode()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from model import AFTForCausalLM, Tokenizer
+from model import LanguageModel, Tokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
 from model.sampling.watermark import z_score
@@ -36,19 +36,19 @@ def events(response: httpx2.Response) -> list[dict[str, Any]]:
     return [json.loads(part.removeprefix("data:")) for part in parts]
 
 
-def greedy_ids(model: AFTForCausalLM, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
+def greedy_ids(model: LanguageModel, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
     prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
     return list(generate(model, prompt_ids, SamplingParams(temperature=0, max_tokens=n), tokenizer))
 
 
-def test_greedy_text_is_the_models(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_greedy_text_is_the_models(client: TestClient, network: LanguageModel, tokenizer: Tokenizer) -> None:
     response = post(client, inputs="The fox", parameters={"max_new_tokens": 12})
     assert response.status_code == 200
     expected = tokenizer.decode(greedy_ids(network, tokenizer, "The fox", 12))
     assert response.json() == {"generated_text": expected}
 
 
-def test_details(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_details(client: TestClient, network: LanguageModel, tokenizer: Tokenizer) -> None:
     body = post(client, inputs="The fox", parameters={"max_new_tokens": 12, "details": True}).json()
     details = body["details"]
     assert {key: details[key] for key in details if key != "tokens"} == {
@@ -247,7 +247,7 @@ def test_top_tokens_are_told(client: TestClient, tokenizer: Tokenizer) -> None:
         assert all(t["text"] == tokenizer.token_text(t["id"]) for t in top)
 
 
-def test_the_inputs_tokens_are_told(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_the_inputs_tokens_are_told(client: TestClient, network: LanguageModel, tokenizer: Tokenizer) -> None:
     parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True}
     prefill = post(client, inputs="The fox", parameters=parameters).json()["details"]["prefill"]
     ids = tokenizer.encode_text("The fox")
@@ -289,14 +289,15 @@ def test_info(client: TestClient) -> None:
     assert info["model_id"] == "aft"
     assert info["max_total_tokens"] == 2**20
     assert info["max_best_of"] == 32
-    assert info["state_bytes"] == client.app.state.context.engine.engine.pool.nbytes / 32  # type: ignore[attr-defined]
+    assert info["state_bytes"] == client.app.state.context.engine._engine.pool.nbytes / 32  # type: ignore[attr-defined]
+    assert info["max_concurrent_requests"] == client.app.state.context.engine.info.capacity == 32 + 256  # type: ignore[attr-defined]
 
 
 def test_health(client: TestClient) -> None:
     assert client.get("/health").status_code == 200
 
 
-def test_a_full_queue_answers_429_with_retry_after(network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_a_full_queue_answers_429_with_retry_after(network: LanguageModel, tokenizer: Tokenizer) -> None:
     app = create_app(LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=0)))
     with TestClient(app) as client:
         assert post(client, inputs="The fox").status_code == 200

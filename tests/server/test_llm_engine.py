@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from model import AFTForCausalLM, SentencePieceTokenizer
+from model import LanguageModel, SentencePieceTokenizer
 from model.generate import generate
 from model.sampling import Grammar, SamplingError, SamplingParams
 from server.engine import EngineConfig, FinishReason, LLMEngine, Request, RequestOutput
@@ -20,7 +20,7 @@ from server.errors import GenerationError, InvalidRequestError, RequestTimeoutEr
 from tests.conftest import STORIES, VARIANTS, Variant, random_model, tiny_config
 
 WORDS = SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)
-MODELS: dict[Variant, AFTForCausalLM] = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
+MODELS: dict[Variant, LanguageModel] = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
 MODEL = MODELS["conv"]
 SMALL = EngineConfig(max_num_seqs=4, chunk_size=8)
 
@@ -56,7 +56,7 @@ def text(outputs: list[RequestOutput]) -> str:
     return "".join(output.token.text for output in outputs if output.token and not output.token.special)
 
 
-def alone(one: Request, model: AFTForCausalLM = MODEL, index: int = 0) -> list[int]:
+def alone(one: Request, model: LanguageModel = MODEL, index: int = 0) -> list[int]:
     params = dataclasses.replace(one.params, seed=one.params.seed + index)
     return list(generate(model, one.prompt_ids, params, WORDS))
 

@@ -20,35 +20,39 @@ from redis.commands.core import Script
 from redis.retry import Retry
 
 from server.errors import ConfigurationError
-from server.sessions.store import Session, unavailable
+from server.stores.base import Session, unavailable
 
 SESSION, OWNER = "aft:session:", "aft:sessions-of:"  # prefixes of keys
 FIELDS = [field.name for field in fields(Session)]
 PREFIX, PREFIXES, PREFIX_BYTES = "aft:prefix:", "aft:prefixes", "aft:prefix-bytes"
 TIMEOUT_SECONDS, PREFIX_TIMEOUT_SECONDS = 10.0, 1.0  # a prefix is not worth a long wait
 
-# KEYS: session, owner. The owner's set lives as long as the last of its sessions.
-SAVE = """
-local function save(id, end_s, end_ms, from)
-    redis.call('HSET', KEYS[1], unpack(ARGV, from))
-    redis.call('PEXPIREAT', KEYS[1], end_ms)
-    redis.call('ZADD', KEYS[2], end_s, id)
-    local last = redis.call('ZRANGE', KEYS[2], -1, -1, 'WITHSCORES')[2]
-    redis.call('PEXPIREAT', KEYS[2], math.ceil(tonumber(last) * 1000))
+# KEYS: owner, sessions. ARGV: end in seconds, end in milliseconds, then the script's own, from `from` on fields and
+# values. The owner's set lives as long as the last of its sessions.
+SAVE = f"""
+local function save(from)
+    for i = 2, #KEYS do
+        local id = string.sub(KEYS[i], {len(SESSION) + 1})
+        redis.call('HSET', KEYS[i], 'session_id', id, unpack(ARGV, from))
+        redis.call('PEXPIREAT', KEYS[i], ARGV[2])
+        redis.call('ZADD', KEYS[1], ARGV[1], id)
+    end
+    local last = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2]
+    redis.call('PEXPIREAT', KEYS[1], math.ceil(tonumber(last) * 1000))
     return 1
 end
 """
-# ARGV: id, end in seconds, end in milliseconds, now, most sessions, fields and values.
+# ARGV: ends, now, most sessions.
 CREATE = f"""{SAVE}
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[4])
-if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5]) then return 0 end
-return save(ARGV[1], ARGV[2], ARGV[3], 6)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3])
+if redis.call('ZCARD', KEYS[1]) + #KEYS - 1 > tonumber(ARGV[4]) then return 0 end
+return save(5)
 """
-# ARGV: id, end in seconds, end in milliseconds, owner, turn before, fields and values.
+# ARGV: ends, owner, turn before.
 COMMIT = f"""{SAVE}
-local found = redis.call('HMGET', KEYS[1], 'owner', 'turn')
-if found[1] ~= ARGV[4] or found[2] ~= ARGV[5] then return 0 end
-return save(ARGV[1], ARGV[2], ARGV[3], 6)
+local found = redis.call('HMGET', KEYS[2], 'owner', 'turn')
+if found[1] ~= ARGV[3] or found[2] ~= ARGV[4] then return 0 end
+return save(5)
 """
 # ARGV: id, owner.
 DELETE = """
@@ -91,7 +95,7 @@ end
 """
 
 
-class RedisStore:
+class RedisSessionStore:
     """url: redis://[user:password@]host:port/database, or rediss:// for TLS. Use as `SessionStore` says.
 
     Raises ConfigurationError if there is no Redis at `url`, StoreUnavailableError if it fails later. Whether a turn
@@ -103,8 +107,8 @@ class RedisStore:
         scripts = (CREATE, COMMIT, DELETE, LIST)
         self._create, self._commit, self._delete, self._list = map(self._client.register_script, scripts)
 
-    def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
-        return self._save(self._create, session, data, repr(session.created_at), max_per_owner)
+    def create(self, sessions: Sequence[Session], data: bytes, max_per_owner: int) -> bool:
+        return self._save(self._create, sessions, data, repr(sessions[0].created_at), max_per_owner)
 
     def load(self, session_id: str, owner: str, now: float) -> tuple[Session, bytes] | None:
         try:
@@ -117,7 +121,7 @@ class RedisStore:
         return session, values[-1]
 
     def commit(self, session: Session, data: bytes) -> bool:
-        return self._save(self._commit, session, data, session.owner, session.turn - 1)
+        return self._save(self._commit, [session], data, session.owner, session.turn - 1)
 
     def delete(self, session_id: str, owner: str) -> bool:
         return bool(_run(self._delete, [SESSION + session_id, OWNER + owner], session_id, owner))
@@ -133,15 +137,16 @@ class RedisStore:
     def close(self) -> None:
         self._client.close()
 
-    def _save(self, script: Script, session: Session, data: bytes, *condition: str | int) -> bool:
-        keys = [SESSION + session.session_id, OWNER + session.owner]
-        end = (repr(session.expires_at), math.ceil(session.expires_at * 1000))
-        values = [item for name in FIELDS for item in (name, _text(getattr(session, name)))]
-        return bool(_run(script, keys, session.session_id, *end, *condition, *values, "data", data))
+    def _save(self, script: Script, sessions: Sequence[Session], data: bytes, *condition: str | int) -> bool:
+        first = sessions[0]
+        keys = [OWNER + first.owner, *(SESSION + session.session_id for session in sessions)]
+        ends = (repr(first.expires_at), math.ceil(first.expires_at * 1000))
+        values = [item for name in FIELDS[1:] for item in (name, _text(getattr(first, name)))]
+        return bool(_run(script, keys, *ends, *condition, *values, "data", data))
 
 
 class RedisPrefixStore:
-    """Use as `PrefixStore` says; opened as RedisStore."""
+    """Use as `PrefixStore` says; opened as RedisSessionStore."""
 
     def __init__(self, url: str, max_bytes: int) -> None:
         self._client, self.max_bytes = connect(url, PREFIX_TIMEOUT_SECONDS), max_bytes

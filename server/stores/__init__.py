@@ -1,11 +1,13 @@
-"""The stores that a setting names."""
+"""What outlives the process: bytes by key, for sessions and for prefixes, in SQLite or Redis."""
 
 from __future__ import annotations
 
 from server.engine import PrefixStore
 from server.errors import ConfigurationError
-from server.sessions.sqlite import SQLitePrefixStore, SQLiteStore
-from server.sessions.store import SessionStore
+from server.stores.base import Session, SessionStore
+from server.stores.sqlite import SQLitePrefixStore, SQLiteSessionStore
+
+__all__ = ["SQLiteSessionStore", "Session", "SessionStore", "open_prefix_store", "open_store"]
 
 REDIS_SCHEMES = ("redis://", "rediss://")
 
@@ -13,17 +15,17 @@ REDIS_SCHEMES = ("redis://", "rediss://")
 def open_store(where: str) -> SessionStore:
     """where: the path of an SQLite file, or the URL of a Redis. Raises ConfigurationError if it cannot be opened."""
     if not _is_redis(where):
-        return SQLiteStore(where)
-    from server.sessions.redis import RedisStore
+        return SQLiteSessionStore(where)
+    from server.stores.redis import RedisSessionStore
 
-    return RedisStore(where)
+    return RedisSessionStore(where)
 
 
 def open_prefix_store(where: str, max_bytes: int) -> PrefixStore:
     """Of the prefix cache, in the same place. Raises as `open_store`."""
     if not _is_redis(where):
         return SQLitePrefixStore(where, max_bytes)
-    from server.sessions.redis import RedisPrefixStore
+    from server.stores.redis import RedisPrefixStore
 
     return RedisPrefixStore(where, max_bytes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,8 +32,11 @@ class SessionStore(Protocol):
     has then done all of what it was asked or nothing.
     """
 
-    def create(self, session: Session, data: bytes, max_per_owner: int) -> bool:
-        """Add a session unless its owner has as many as that; data is the conversation, b"" before the first turn."""
+    def create(self, sessions: Sequence[Session], data: bytes, max_per_owner: int) -> bool:
+        """Add sessions that differ in their ids only, unless their owner would have more than that; all or none.
+
+        data: the conversation of each, b"" before the first turn.
+        """
 
     def load(self, session_id: str, owner: str, now: float) -> tuple[Session, bytes] | None:
         """A session and its conversation."""
