@@ -6,9 +6,8 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-import click
 import typer
 
 from server.settings import Setting, settings_of
@@ -95,5 +94,8 @@ def option_of(setting: Setting, kind: Any, default: Any) -> Parameter:
 
 def option(name: str, kind: Any, default: Any, text: str, choices: Sequence[str] = ()) -> Parameter:
     """An option of a command. choices: the values that it may have, if not all."""
-    annotation = Annotated[kind, typer.Option(help=text, click_type=click.Choice(choices) if choices else None)]
+    if choices:
+        chosen = Literal.__getitem__(tuple(choices))  # type: ignore[attr-defined]
+        kind = chosen | None if default is None else chosen
+    annotation = Annotated[kind, typer.Option(help=text)]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

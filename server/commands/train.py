@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import torch.distributed as dist
 import typer
@@ -49,7 +48,13 @@ HELP = {
 DEFAULTS = {"d_model": 256, "n_layer": 6, "n_head": 16}  # of an architecture, where it has them
 
 
-@options_of(TrainingConfig, HELP, [option(name, *of) for name, of in fields_to_choose(DEFAULTS).items()])
+ARCHITECTURE = [
+    option("variant", str, "conv", "Architecture.", list(architectures())),
+    *(option(name, *of) for name, of in fields_to_choose(DEFAULTS).items()),
+]
+
+
+@options_of(TrainingConfig, HELP, ARCHITECTURE)
 def train(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],
@@ -60,9 +65,6 @@ def train(
         Path | None, typer.Option(help="Tokenizer's file, or its folder, to use instead of a new one.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
-    variant: Annotated[
-        str, typer.Option(help="Architecture.", click_type=click.Choice(list(architectures())))
-    ] = "conv",
     *,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile; needs a C++ compiler.")] = False,
@@ -75,7 +77,7 @@ def train(
     """
     target = choose_device(device)
     init_processes(target)
-    shape = {name: settings.pop(name) for name in fields_to_choose()}
+    variant, shape = settings.pop("variant"), {name: settings.pop(name) for name in fields_to_choose()}
     config = TrainingConfig(data=tuple(Source.parse(text) for text in data), compile=compile_loss, **settings)
     console = Console(quiet=process_rank() > 0)
     documents = [read_documents(source.path) for source in config.data]
