@@ -93,6 +93,7 @@ class Request:
                              slots
 
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
+    What cannot be given is written by the engine's thread; others may read it once they have an output of the request.
     """
 
     request_id: str
