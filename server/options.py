@@ -95,7 +95,7 @@ def option_of(setting: Setting, kind: Any, default: Any) -> Parameter:
 def option(name: str, kind: Any, default: Any, text: str, choices: Sequence[str] = ()) -> Parameter:
     """An option of a command. choices: the values that it may have, if not all."""
     if choices:
-        chosen = Literal.__getitem__(tuple(choices))  # type: ignore[attr-defined]
+        chosen: Any = Literal.__getitem__(tuple(choices))
         kind = chosen | None if default is None else chosen
     annotation = Annotated[kind, typer.Option(help=text)]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
