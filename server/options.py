@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -20,23 +20,22 @@ BY_ENVIRONMENT = {"auto_envvar_prefix": "AFT"}
 WORDS = tuple[str, ...]  # on a command line one text, separated by spaces
 
 
-def options_of(source: Callable[..., Any], texts: Mapping[str, str] | None = None) -> Callable[[Command], Command]:
+def options_of(
+    source: Callable[..., Any], *, only: Sequence[str] = (), texts: Mapping[str, str] | None = None
+) -> Callable[[Command], Command]:
     """Give a command the options of `source`: a config with those in it, or a function that has been given some.
 
-    A parameter without a default that is named as one becomes that option. `**options` becomes all of them, in their
-    order, before the command's own options. texts: of fields that are no settings.
+    They are its `**options`, in their order, before the command's own; a keyword of one's name is that option, too.
+    only: names of those that it takes; texts: of fields that are no settings.
     """
-    options = {option.name: option for option in _options(source, texts or {})}
+    found = {option.name: option for option in _options(source, texts or {})}
+    options = {name: found[name] for name in only} if only else found
 
     def decorate(command: Command) -> Command:
-        own = inspect.signature(command, eval_str=True).parameters
-        parameters = {name: p for name, p in own.items() if p.kind is Parameter.POSITIONAL_OR_KEYWORD}
-        if any(p.kind is Parameter.VAR_KEYWORD for p in own.values()):
-            parameters |= options
-        for name, p in own.items():
-            if p.kind is not Parameter.VAR_KEYWORD:
-                parameters[name] = options.get(name, p) if p.default is Parameter.empty else p
-        command.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        arguments = [p for p in own if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+        others = [p for p in own if p.kind is Parameter.KEYWORD_ONLY and p.name not in options]
+        command.__signature__ = Signature([*arguments, *options.values(), *others])  # type: ignore[attr-defined]
         return command
 
     return decorate

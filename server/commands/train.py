@@ -45,7 +45,7 @@ HELP = {
 }
 
 
-@options_of(TrainingConfig, HELP)
+@options_of(TrainingConfig, texts=HELP)
 def train(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],

@@ -45,9 +45,9 @@ def outer(*, loud: Annotated[bool, typer.Option(help="The command's own.")] = Fa
     return make(Outer, options)
 
 
-@options_of(Outer)
-def some(text: Annotated[str, typer.Argument(help="Not an option.")], *, memory: int, name: str | None) -> Any:
-    return text, memory, name
+@options_of(Outer, only=("memory", "name"))
+def some(text: Annotated[str, typer.Argument(help="Not an option.")], *, name: str | None, **options: Any) -> Any:
+    return text, name, options
 
 
 def run(command: Any, *arguments: str) -> Any:
@@ -89,8 +89,8 @@ def test_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_command_may_name_those_that_it_takes() -> None:
-    assert run(some, "a") == ("a", 1, None)
-    assert run(some, "a", "--memory", "2", "--name", "b") == ("a", 2, "b")
+    assert run(some, "a") == ("a", None, {"memory": 1})
+    assert run(some, "a", "--memory", "2", "--name", "b") == ("a", "b", {"memory": 2})
     with pytest.raises(Exception, match="No such option"):
         run(some, "a", "--port", "2")
 
