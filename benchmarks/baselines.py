@@ -5,71 +5,55 @@ Shapes: B sequences, T new tokens, S tokens in all, C = d_model, H heads, D = C 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from model.config import AFTConfig
-from model.transformer import AFTForCausalLM
+from model.families.aft import AFTConfig, AFTForCausalLM
+from model.ops import Recurrence
+from model.state import State
 
-Baseline = Literal["attention", "linear"]
+Kind = Literal["attention", "linear"]
 
 
-@dataclass
-class KeyValueCache:
+class KeyValueCache(NamedTuple):
     """keys, values [B, H, S, D]: grows with every token."""
 
     keys: Tensor
     values: Tensor
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.keys, self.values
 
-
-@dataclass
-class LinearState:
+class LinearState(NamedTuple):
     """sums [B, H, D, D] of outer products of keys and values, keys [B, H, D] their sum."""
 
     sums: Tensor
     keys: Tensor
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.sums, self.keys
 
+class MultiHeadAttention(Recurrence):
+    """softmax(q k / sqrt(D)) v (Vaswani et al. 2017), of rows q, k, v [B, T, C]."""
 
-class MultiHeadAttention(nn.Module):
-    """softmax(q k / sqrt(D)) v (Vaswani et al. 2017)."""
-
-    def __init__(self, config: AFTConfig, n_head: int) -> None:
+    def __init__(self, n_head: int, d_head: int) -> None:
         super().__init__()
-        self.n_head, self.d_head = n_head, config.d_model // n_head
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
-        self.out = nn.Linear(config.d_model, config.d_model)
+        self.n_head, self.d_head = n_head, d_head
 
-    def forward(self, x: Tensor, position: Tensor, state: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
-        query, keys, values = self.heads(x)
-        if state is not None:
-            keys, values = torch.cat((state.keys, keys), 2), torch.cat((state.values, values), 2)
+    def parallel(self, rows: Sequence[Tensor], layer: Any, position: Tensor, starts: bool) -> tuple[Tensor, Any]:
+        query, keys, values = (self.by_head(row) for row in rows)
+        keys, values = torch.cat((layer.keys, keys), 2), torch.cat((layer.values, values), 2)
         n_before = keys.shape[2] - query.shape[2]
-        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=x.device).tril(n_before)
+        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(n_before)
         y = F.scaled_dot_product_attention(query, keys, values, mask if n_before else None, is_causal=not n_before)
-        return self.out(y.transpose(1, 2).flatten(2)), KeyValueCache(keys, values)
+        return y.transpose(1, 2).flatten(2), KeyValueCache(keys, values)
 
-    def step_(self, x: Tensor, position: Tensor, state: KeyValueCache) -> Tensor:
-        y, after = self(x.unsqueeze(1), position, state)
-        vars(state).update(vars(after))
-        return y.squeeze(1)  # type: ignore[no-any-return]
+    def by_head(self, row: Tensor) -> Tensor:
+        """[B, T, C] -> [B, H, T, D]"""
+        return row.view(*row.shape[:2], self.n_head, self.d_head).transpose(1, 2)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, C] -> query, keys, values [B, H, T, D]"""
-        query, keys, values = self.qkv(x).unflatten(-1, (3, self.n_head, self.d_head)).permute(2, 0, 3, 1, 4)
-        return query, keys, values
-
-    def init_state(self, batch_size: int, device: torch.device) -> KeyValueCache:
+    def empty(self, batch_size: int, device: torch.device) -> KeyValueCache | LinearState:
         empty = torch.zeros(batch_size, self.n_head, 0, self.d_head, device=device)
         return KeyValueCache(empty, empty)
 
@@ -77,32 +61,36 @@ class MultiHeadAttention(nn.Module):
 class LinearAttention(MultiHeadAttention):
     """f(q) sum f(k) v / f(q) sum f(k), with f = elu + 1 (Katharopoulos et al. 2020)."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, position: Tensor, state: LinearState | None
-    ) -> tuple[Tensor, LinearState]:
-        query, keys, values = self.heads(x)
+    def parallel(self, rows: Sequence[Tensor], layer: Any, position: Tensor, starts: bool) -> tuple[Tensor, Any]:
+        query, keys, values = (self.by_head(row) for row in rows)
         query, keys = F.elu(query.float()) + 1, F.elu(keys.float()) + 1
-        state = state or self.init_state(x.shape[0], x.device)
         weights = (query @ keys.transpose(-1, -2)).tril()
-        numerator = weights @ values + query @ state.sums
-        denominator = weights.sum(-1, keepdim=True) + query @ state.keys.unsqueeze(-1)
-        after = LinearState(state.sums + keys.transpose(-1, -2) @ values, state.keys + keys.sum(-2))
-        return self.out((numerator / denominator).to(x.dtype).transpose(1, 2).flatten(2)), after
+        numerator = weights @ values + query @ layer.sums
+        denominator = weights.sum(-1, keepdim=True) + query @ layer.keys.unsqueeze(-1)
+        after = LinearState(layer.sums + keys.transpose(-1, -2) @ values, layer.keys + keys.sum(-2))
+        return (numerator / denominator).to(rows[0].dtype).transpose(1, 2).flatten(2), after
 
-    def init_state(self, batch_size: int, device: torch.device) -> LinearState:  # type: ignore[override]
+    def empty(self, batch_size: int, device: torch.device) -> LinearState:
         sums = torch.zeros(batch_size, self.n_head, self.d_head, self.d_head, device=device)
         return LinearState(sums, torch.zeros(batch_size, self.n_head, self.d_head, device=device))
 
 
-def with_baseline(config: AFTConfig, kind: Baseline, n_head: int) -> AFTForCausalLM:
-    """The model of `config` with another layer in the place of AFT."""
-    model = AFTForCausalLM(config)
-    layer = {"attention": MultiHeadAttention, "linear": LinearAttention}[kind]
-    residual_std = 0.02 / math.sqrt(2 * config.n_layer)
-    for block in model.blocks:
-        attention = layer(config, n_head)
-        for linear, std in ((attention.qkv, 0.02), (attention.out, residual_std)):  # as AFT's own are initialised
-            nn.init.normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
-        block.attention = attention
-    return model
+KINDS: dict[Kind, type[MultiHeadAttention]] = {"attention": MultiHeadAttention, "linear": LinearAttention}
+
+
+class Baseline(AFTForCausalLM):
+    """AFT-simple's model, with another recurrence in the place of AFT."""
+
+    def __init__(self, config: AFTConfig, kind: Kind, n_head: int) -> None:
+        """Of the variant of config that has as many keys as a token has features."""
+        super().__init__(dataclasses.replace(config, variant="simple"))
+        self.recurrence = KINDS[kind](n_head, config.d_model // n_head)
+        for block in self.blocks:
+            block.attention.bias = self.recurrence  # type: ignore[union-attr]
+
+    def empty_layer(self, batch_size: int, device: torch.device) -> KeyValueCache | LinearState:  # type: ignore[override]
+        return self.recurrence.empty(batch_size, device)
+
+    def step(self, token_ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """A key-value cache grows, so no state is stepped in place."""
+        return self.prefill(token_ids.unsqueeze(1), state)

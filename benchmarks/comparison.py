@@ -21,19 +21,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.baselines import Baseline, with_baseline
-from model.config import AFTConfig
+from benchmarks.baselines import Baseline, Kind
+from model.families.aft import AFTConfig, AFTForCausalLM
+from model.language_model import LanguageModel
 from model.tokenizer import SentencePieceTokenizer, Tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, TokenArray, encode_documents, read_documents
 from model.training.evaluate import total_nats
 from model.training.progress import smooth
 from model.training.trainer import Trainer
-from model.transformer import AFTForCausalLM
 
 FOLDER = Path("runs/comparison")
 D_MODEL, N_LAYER, N_HEAD, CONTEXT, BATCH = 128, 4, 4, 256, 16
-BASELINES: dict[str, Baseline] = {"attention": "attention", "linear attention": "linear"}
+BASELINES: dict[str, Kind] = {"attention": "attention", "linear attention": "linear"}
 ROWS: dict[str, dict[str, Any]] = {
     "attention": {"variant": "simple"},
     "linear attention": {"variant": "simple"},
@@ -59,10 +59,10 @@ def build(row: str, vocab_size: int, max_positions: int = CONTEXT) -> AFTForCaus
         return AFTConfig(max_positions=max_positions, position_embeddings=True, **fields)
 
     def model(of: AFTConfig) -> AFTForCausalLM:
-        return with_baseline(of, BASELINES[row], N_HEAD) if row in BASELINES else AFTForCausalLM(of)
+        return Baseline(of, BASELINES[row], N_HEAD) if row in BASELINES else AFTForCausalLM(of)
 
     with torch.device("meta"):
-        wanted = with_baseline(config(4 * D_MODEL), "attention", N_HEAD).num_parameters
+        wanted = Baseline(config(4 * D_MODEL), "attention", N_HEAD).num_parameters
     return model(config(feed_forward_width(lambda d_ff: model(config(d_ff)), wanted), max_positions))
 
 
@@ -127,7 +127,7 @@ def train(
 
 
 @torch.inference_mode()
-def windowed_bits_per_character(model: AFTForCausalLM, tokenizer: Tokenizer, tokens: TokenArray) -> float:
+def windowed_bits_per_character(model: LanguageModel, tokenizer: Tokenizer, tokens: TokenArray) -> float:
     """Of all windows of the context that fit, each read alone: no row sees a position it was not trained on."""
     n_windows = (len(tokens) - 1) // CONTEXT
     nats, n_characters = 0.0, 0
@@ -155,7 +155,7 @@ def measure(out: Annotated[Path, typer.Option()] = FOLDER) -> None:
     (out / "speeds.json").write_text(json.dumps(found, indent=1))
 
 
-def training_speed(model: AFTForCausalLM, steps: int = 5) -> float:
+def training_speed(model: LanguageModel, steps: int = 5) -> float:
     """Tokens per second of the median step, without the optimizer, which is the same for all."""
     ids = torch.randint(model.config.vocab_size, (BATCH, CONTEXT + 1))
     seconds: list[float] = []
@@ -167,7 +167,7 @@ def training_speed(model: AFTForCausalLM, steps: int = 5) -> float:
 
 
 @torch.inference_mode()
-def decode(model: AFTForCausalLM, n_context: int, n_tokens: int = 32) -> dict[str, float]:
+def decode(model: LanguageModel, n_context: int, n_tokens: int = 32) -> dict[str, float]:
     """Tokens per second of one sequence after n_context tokens, and bytes of its state."""
     ids = torch.randint(model.config.vocab_size, (1, n_context))
     state = None
@@ -179,7 +179,7 @@ def decode(model: AFTForCausalLM, n_context: int, n_tokens: int = 32) -> dict[st
     n_bytes = state.nbytes
     for _ in range(n_tokens):
         started = time.perf_counter()
-        model.step_(token, state)
+        _, state = model.step(token, state)
         seconds.append(time.perf_counter() - started)
     return {"tokens_per_second": 1 / sorted(seconds)[n_tokens // 2], "bytes": n_bytes}
 

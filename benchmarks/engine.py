@@ -16,8 +16,8 @@ from typing import Annotated
 import torch
 import typer
 
-from model import AFTConfig, AFTForCausalLM, AFTState, Tokenizer, load_checkpoint
-from model.runner import make_runner
+from model import AFTConfig, AFTForCausalLM, LanguageModel, State, Tokenizer, load_checkpoint
+from model.backends.choose import make_runner
 from server import BUNDLED_MODEL
 from server.engine import EngineConfig, LLMEngine, Request, SamplingParams
 
@@ -39,7 +39,7 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode())
 
 
-def load(large: bool) -> tuple[AFTForCausalLM, Tokenizer]:
+def load(large: bool) -> tuple[LanguageModel, Tokenizer]:
     if not large:
         return load_checkpoint(BUNDLED_MODEL)
     torch.manual_seed(0)
@@ -74,11 +74,11 @@ def throughput(large: Large = False, steps: int = 100, rounds: int = 5) -> None:
 class BareStep:
     """The model alone: a batch of states, one token each."""
 
-    def __init__(self, model: AFTForCausalLM, batch_size: int = BATCH) -> None:
+    def __init__(self, model: LanguageModel, batch_size: int = BATCH) -> None:
         prompts = torch.tensor([prompt(16, first=i) for i in range(batch_size)])
         with torch.inference_mode():
             _, state = model.prefill(prompts)
-        self.runner = make_runner(model, AFTState.concatenate([state]), 256)
+        self.runner = make_runner(model, State.concatenate([state]), 256)
         self.token_ids = prompts[:, -1].tolist()
 
     @torch.inference_mode()
@@ -159,7 +159,7 @@ def invariance(large: Large = False, steps: int = 50) -> None:
         )
 
 
-def logprobs(model: AFTForCausalLM, tokenizer: Tokenizer, batch_size: int, invariant: bool) -> list[float]:
+def logprobs(model: LanguageModel, tokenizer: Tokenizer, batch_size: int, invariant: bool) -> list[float]:
     """Of 100 tokens of request 0 in a batch."""
     engine = LLMEngine(model, tokenizer, EngineConfig(max_num_seqs=BATCH, batch_invariant=invariant))
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)

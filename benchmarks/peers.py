@@ -21,14 +21,17 @@ import torch
 import typer
 
 from benchmarks import llama_cpp, servers
-from model import AFTConfig, AFTForCausalLM
-from model.runner import Quantization, Runner, make_runner
-from model.state import AFTState
+from model import AFTConfig, LanguageModel, RWKV4Config, State
+from model.backends.base import Runner
+from model.backends.choose import make_runner
+from model.backends.native.program import NativeRunner
+from model.config import ModelConfig
+from model.families import family_of
 
-SHAPES = {
+SHAPES: dict[str, ModelConfig] = {
     "6M": AFTConfig(variant="conv", vocab_size=4096, d_model=256, n_layer=6, n_head=16, d_ff=1168),
     "110M": AFTConfig(variant="conv", vocab_size=32_000, d_model=768, n_layer=12, n_head=12, d_ff=3456),
-    "169M": AFTConfig(variant="rwkv4", vocab_size=50_277, d_model=768, n_layer=12, tie_embeddings=False),
+    "169M": RWKV4Config(vocab_size=50_277, d_model=768, n_layer=12, tie_embeddings=False),
 }
 BATCH_SIZES, CONTEXTS, CHUNK = (1, 8, 32, 64), (128, 1024, 8192), 256
 LONGEST = 100_000
@@ -98,11 +101,11 @@ def median(call: Callable[[], object], n: int = 15) -> float:
 
 
 @torch.inference_mode()
-def ours(name: str, quantize: Quantization | None) -> Iterator[Result]:
+def ours(name: str, quantize: str | None) -> Iterator[Result]:
     model, states, runner = set_up(name, max(BATCH_SIZES), quantize)
     # An embedding that is not the head as well is looked up, and multiplies nothing.
     n_multiplied = model.num_parameters - (model.embedding.weight.numel() if model.head is not None else 0)
-    reached = read_up_to(runner, (*CONTEXTS, LONGEST) if quantize is None else CONTEXTS[:2])
+    reached = read_up_to(model, runner, (*CONTEXTS, LONGEST) if quantize is None else CONTEXTS[:2])
     for batch_size in BATCH_SIZES:
         tokens = list(range(batch_size))
         seconds: dict[int, list[float]] = {context: [] for context in reached}
@@ -118,7 +121,7 @@ def ours(name: str, quantize: Quantization | None) -> Iterator[Result]:
                 "decode": batch_size / statistics.median(seconds[context]),
                 "prefill": prefill,
                 "bytes_per_sequence": state.nbytes,
-                "weight_bytes": sum(buffer.nbytes for buffer in runner.model.buffers()),
+                "weight_bytes": runner.weight_bytes,
                 "parameters": n_multiplied,
             }
 
@@ -130,10 +133,10 @@ def flat(
     rounds: Annotated[int, typer.Option(help="Positions take turns.")] = 40,
 ) -> None:
     """Time of a token of one sequence at position 100,000, as a ratio to that at position 100."""
-    _, states, runner = set_up(shape, 1)
-    (early, _), (late, _) = read_up_to(runner, (100, LONGEST)).values()
+    model, states, runner = set_up(shape, 1)
+    (early, _), (late, _) = read_up_to(model, runner, (100, LONGEST)).values()
 
-    def seconds(state: AFTState) -> float:
+    def seconds(state: State) -> float:
         states.copy_(state)
         return median(lambda: runner.step_([1]))
 
@@ -141,19 +144,19 @@ def flat(
     print(f"{shape}: {statistics.median(ratios):.3f}")
 
 
-def set_up(
-    name: str, n_sequences: int, quantize: Quantization | None = None
-) -> tuple[AFTForCausalLM, AFTState, Runner]:
+def set_up(name: str, n_sequences: int, quantize: str | None = None) -> tuple[LanguageModel, State, NativeRunner]:
     """A model of random weights, and states that its runner steps."""
     torch.manual_seed(0)
-    model = AFTForCausalLM(SHAPES[name]).eval()
-    states = AFTState.concatenate([model.init_state(n_sequences)])
-    return model, states, make_runner(model, states, CHUNK, quantize)
+    model = family_of(SHAPES[name])(SHAPES[name]).eval().requires_grad_(False)
+    states = model.init_state(n_sequences)
+    runner = make_runner(model, states, CHUNK, quantize=quantize)
+    assert isinstance(runner, NativeRunner), "what is measured is the compiled kernels"
+    return model, states, runner
 
 
-def read_up_to(runner: Runner, contexts: Sequence[int]) -> dict[int, tuple[AFTState, float]]:
+def read_up_to(model: LanguageModel, runner: Runner, contexts: Sequence[int]) -> dict[int, tuple[State, float]]:
     """By context: the state after so many tokens, and the tokens per second of reading those since the last one."""
-    ids = torch.randint(runner.model.config.vocab_size, (CHUNK,)).tolist()
+    ids = torch.randint(model.config.vocab_size, (CHUNK,)).tolist()
     found, state, n_read = {}, None, 0
     for context in contexts:
         started, first = time.perf_counter(), n_read
@@ -193,7 +196,7 @@ def of_transformers(name: str) -> Iterator[Result]:
     sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tie_embeddings}
     rwkv = RwkvForCausalLM(RwkvConfig(**sizes, hidden_size=shape.d_model, num_hidden_layers=shape.n_layer))
     models: list[tuple[str, Any, str, tuple[int, ...]]] = [("transformers, RWKV-4", rwkv, "state", (128,))]
-    if shape.variant != "rwkv4":
+    if isinstance(shape, AFTConfig):
         n_head = shape.d_model // 64
         gpt2 = GPT2LMHeadModel(
             GPT2Config(**sizes, n_embd=shape.d_model, n_layer=shape.n_layer, n_head=n_head, n_positions=2048)

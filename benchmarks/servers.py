@@ -20,7 +20,9 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 from benchmarks.engine import prompt
-from model import AFTConfig, AFTForCausalLM, SentencePieceTokenizer, save_checkpoint
+from model import SentencePieceTokenizer, save_checkpoint
+from model.config import ModelConfig
+from model.families import family_of
 from server import BUNDLED_MODEL
 from server.commands.bench import run, run_fast
 
@@ -92,12 +94,12 @@ def measure(server: Serving, contexts: Sequence[int], batch_sizes: Sequence[int]
     return {"first_token": first_token, "decode": speeds, "startup": server.seconds, "peak_bytes": server.peak_bytes}
 
 
-def write_checkpoint(config: AFTConfig, folder: Path) -> Path:
+def write_checkpoint(config: ModelConfig, folder: Path) -> Path:
     """A checkpoint of random weights; its tokenizer is the bundled one, with pieces without a meaning added."""
     proto = (BUNDLED_MODEL / SentencePieceTokenizer.file_name).read_bytes()
     pieces = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
     for i in range(len(pieces.pieces), config.vocab_size):
         pieces.pieces.add(piece=f"t{i}", score=-1e3)
     torch.manual_seed(0)
-    save_checkpoint(folder, AFTForCausalLM(config), SentencePieceTokenizer(pieces.SerializeToString()))
+    save_checkpoint(folder, family_of(config)(config), SentencePieceTokenizer(pieces.SerializeToString()))
     return folder

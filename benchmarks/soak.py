@@ -40,7 +40,8 @@ def main(
 
 async def soak(n_requests: int, n_clients: int, chance: random.Random) -> None:
     model, tokenizer = load_checkpoint(BUNDLED_MODEL)
-    engine = AsyncEngine(LLMEngine(model, tokenizer, EngineConfig(max_queue_length=40, prefix_cache_bytes=2**26)))
+    inner = LLMEngine(model, tokenizer, EngineConfig(max_queue_length=40, prefix_cache_bytes=2**26))
+    engine = AsyncEngine(inner)
     engine.start()
     outcomes: Counter[str] = Counter()
     numbers = iter(range(n_requests))
@@ -57,7 +58,6 @@ async def soak(n_requests: int, n_clients: int, chance: random.Random) -> None:
     await asyncio.gather(*(client() for _ in range(n_clients)))
     await engine.drain(60)
     engine.stop()
-    inner = engine.engine
     accounted = outcomes.total() - outcomes["told to come back"] == n_requests and engine.num_requests == 0
     clean = inner.scheduler.n_free_slots == inner.pool.n_slots and not inner.has_work and not len(inner.pool)
     growth = resident_bytes() / memory.get(1000, resident_bytes()) - 1

@@ -16,24 +16,26 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.baselines import with_baseline
+from benchmarks.baselines import Baseline
 from benchmarks.comparison import CONTEXT, feed_forward_width, windowed_bits_per_character
 from model import load_checkpoint
+from model.families.aft import AFTConfig
+from model.language_model import LanguageModel
 from model.tokenizer import Tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents, read_documents
 from model.training.trainer import Trainer
-from model.transformer import AFTForCausalLM
 
 N_HEAD = 7
 
 
-def like(aft: AFTForCausalLM) -> AFTForCausalLM:
+def like(aft: LanguageModel) -> Baseline:
     """An untrained Transformer of the width, depth and number of parameters of `aft`."""
+    assert isinstance(aft.config, AFTConfig)
     config = dataclasses.replace(aft.config, variant="simple", position_embeddings=True, max_positions=CONTEXT)
 
-    def transformer(d_ff: int) -> AFTForCausalLM:
-        return with_baseline(dataclasses.replace(config, d_ff=d_ff), "attention", N_HEAD)
+    def transformer(d_ff: int) -> Baseline:
+        return Baseline(dataclasses.replace(config, d_ff=d_ff), "attention", N_HEAD)
 
     return transformer(feed_forward_width(transformer, aft.num_parameters))
 
@@ -61,7 +63,7 @@ def runs(data: Path) -> list[TrainingConfig]:
     ]
 
 
-def train(model: AFTForCausalLM, tokenizer: Tokenizer, config: TrainingConfig, folder: Path) -> None:
+def train(model: LanguageModel, tokenizer: Tokenizer, config: TrainingConfig, folder: Path) -> None:
     streams = [(encode_documents(read_documents(source.path), tokenizer), source.repeats) for source in config.data]
     batches = PackedBatches(streams, batch_size=config.batch_size, context=config.context, seed=config.seed)
     trainer = Trainer(model, batches, config, folder)

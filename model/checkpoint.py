@@ -13,27 +13,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import AFTConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError, TokenizationError
+from model.families import config_from_dict, family_of
+from model.language_model import LanguageModel
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.transformer import AFTForCausalLM
 
-MODEL_TYPE = "aft"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
-def save_checkpoint(path: Path | str, model: AFTForCausalLM, tokenizer: Tokenizer) -> None:
-    """Write a checkpoint folder. Each file appears whole or not at all."""
+def save_checkpoint(path: Path | str, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Write a checkpoint folder. Each file appears whole or not at all, also if the power fails."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    config = {"model_type": model.config.family, **model.config.to_dict()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     write_whole(folder / tokenizer.file_name, tokenizer.content)
     save_tensors(folder / WEIGHTS_FILE, tensors)
 
 
-def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tuple[AFTForCausalLM, Tokenizer]:
+def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
     """The model, in evaluation mode on `device`, and the tokenizer of a checkpoint folder.
 
     Raises CheckpointError, naming the file, field or tensor, for anything missing, extra, damaged or not finite.
@@ -42,18 +42,18 @@ def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tup
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"Checkpoint folder {folder} has no file {name}.")
-    config = _load_config(folder / CONFIG_FILE)
+    config = load_config(folder / CONFIG_FILE)
     tokenizer = _load_tokenizer(folder, config)
     tensors = load_tensors(folder / WEIGHTS_FILE)
-    model = AFTForCausalLM.empty(config)
+    model = family_of(config).empty(config)
     check_tensors(tensors, model.state_dict(), folder / WEIGHTS_FILE)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def fingerprint(model: AFTForCausalLM, quantization: str = "") -> bytes:
+def fingerprint(model: LanguageModel, quantization: str = "") -> bytes:
     """16 bytes that differ for models that compute different things: a digest of configuration and weights."""
-    described = json.dumps(model.config.to_dict(), sort_keys=True) + quantization
+    described = json.dumps(model.config.identity(), sort_keys=True) + quantization
     digest = hashlib.blake2b(described.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -66,7 +66,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata)
     temporary.chmod(0o644)  # save_file makes it private, and a server may run as another user
-    os.replace(temporary, path)
+    _put_in_place(temporary, path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -80,23 +80,40 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
+    _put_in_place(temporary, path)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """The name goes to the new file only once that is on the disk."""
+    _sync(temporary)
     os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync(path.parent)
 
 
-def _load_config(path: Path) -> AFTConfig:
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Of a config.json. Raises CheckpointError."""
     try:
         fields: Any = json.loads(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.pop("model_type", None) != MODEL_TYPE:
-        raise CheckpointError(f'{path} must be an object with "model_type": "{MODEL_TYPE}".')
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} must be a JSON object.")
     try:
-        return AFTConfig.from_dict(fields)
+        return config_from_dict(fields)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _load_tokenizer(folder: Path, config: AFTConfig) -> Tokenizer:
+def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     try:
         tokenizer = load_tokenizer(folder)
         tokenizer.fit(config.vocab_size)

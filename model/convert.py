@@ -1,4 +1,4 @@
-"""RWKV-4 checkpoints of others: of Hugging Face transformers, a folder, and of its author, a .pth file.
+"""Checkpoints of others: of Hugging Face transformers, a folder, and of their authors, a .pth file.
 
 Nothing in them is executed: a .pth file is a pickle, of which only tensors are read.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +15,13 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import check_tensors, load_tensors, save_checkpoint
-from model.config import AFTConfig
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError
+from model.families import FAMILIES
+from model.language_model import LanguageModel
 from model.tokenizer import Tokenizer, WorldTokenizer, load_tokenizer
-from model.transformer import AFTForCausalLM
 
 Named = dict[str, Tensor]
 
-OURS_BY_AUTHOR = {
-    "emb.weight": "embedding.weight",
-    "blocks.0.ln0": "embedding_norm",
-    "ln1": "attention_norm",
-    "ln2": "feed_forward_norm",
-    "ln_out": "norm",
-    "att.key": "attention.key",
-    "att.value": "attention.value",
-    "att.receptance": "attention.receptance",
-    "att.output": "attention.out",
-    "att.time_decay": "attention.bias.time_decay",
-    "att.time_first": "attention.bias.time_first",
-    "ffn.key": "feed_forward.up",
-    "ffn.value": "feed_forward.down",
-    "ffn.receptance": "feed_forward.receptance",
-}
-AUTHOR_BY_TRANSFORMERS = {
-    "rwkv.": "",
-    "embeddings.weight": "emb.weight",
-    "pre_ln": "ln0",
-    "attention.": "att.",
-    "feed_forward.": "ffn.",
-    "time_mix_key": "time_mix_k",
-    "time_mix_value": "time_mix_v",
-    "time_mix_receptance": "time_mix_r",
-}
-# Of each token shift, in the order of its rows.
-MIXES = {"att": ("attention.shift.mix", "kvr"), "ffn": ("feed_forward.shift.mix", "kr")}
 CHAT_TEMPLATE = (
     "{% set names = {'user': 'User', 'assistant': 'Assistant', 'system': 'System', 'developer': 'System'} %}"
     "{% for message in messages %}"  # an empty line ends a turn, so none may be within one
@@ -60,54 +30,65 @@ CHAT_TEMPLATE = (
 )
 
 
-def convert(source: Path, out: Path, tokenizer: Path | None = None) -> AFTForCausalLM:
+def convert(source: Path, out: Path, tokenizer: Path | None = None) -> LanguageModel:
     """Write the checkpoint folder `out`; a World model also gets the roles of its chats.
 
     source: a folder as transformers writes it, or a .pth file; tokenizer: its file or folder, if not that of source.
-    Raises CheckpointError and TokenizationError for anything that is not RWKV-4, and for an `out` that holds files.
+    Raises CheckpointError and TokenizationError for anything that no family knows, and for an `out` that holds files.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} must be a new folder or an empty one.")
-    tensors, norm_eps = from_folder(source) if source.is_dir() else from_pth(source)
+    if source.is_dir():
+        described = read_description(source)
+        family = family_of_type(described.get("model_type"), source)
+        tensors = read_tensors(source, described)
+    else:
+        described, tensors = {}, load_pickled(source)
+        family = family_of_names(tensors, source)
     words = load_tokenizer(tokenizer or (source if source.is_dir() else source.parent))
-    model = model_of(tensors, norm_eps, source)
+    model = model_of(family, tensors, described, source)
     words.fit(model.config.vocab_size)
     save_checkpoint(out, model, words)
     _copy_chat_template(source, out, words)
     return model
 
 
-def from_folder(folder: Path) -> tuple[Named, float]:
-    """Tensors by the author's names, and the epsilon of the norms."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder of transformers."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        described = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "rwkv":
-        raise CheckpointError(f'{folder / "config.json"} must have "model_type": "rwkv", the name of RWKV-4 there.')
+    return described if isinstance(described, dict) else {}
+
+
+def family_of_type(name: object, source: Path) -> type[LanguageModel]:
+    families = {family.foreign_type: family for family in FAMILIES.values() if family.foreign_type}
+    if name not in families:
+        known = " or ".join(f'"{known}"' for known in families)
+        raise CheckpointError(f'{source / "config.json"} must have "model_type": {known}, not {name!r}.')
+    return families[name]
+
+
+def family_of_names(tensors: Named, source: Path) -> type[LanguageModel]:
+    """Of a .pth file, which does not say it."""
+    for family in FAMILIES.values():
+        if family.has_author_names(tensors):
+            return family
+    raise CheckpointError(f"{source} holds no model of a family that can be converted.")
+
+
+def read_tensors(folder: Path, described: dict[str, Any]) -> Named:
+    """Of the weights of a folder of transformers, which may be in parts."""
     if files := sorted(folder.glob("*.safetensors")):
         named = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
     elif files := sorted(folder.glob("pytorch_model*.bin")):
         named = {name: tensor for file in files for name, tensor in load_pickled(file).items()}
     else:
         raise CheckpointError(f"{folder} has neither .safetensors files nor pytorch_model.bin.")
-    if config.get("tie_word_embeddings"):
+    if described.get("tie_word_embeddings"):
         named.pop("head.weight", None)
-
-    def renamed(name: str) -> str:
-        for theirs, authors in AUTHOR_BY_TRANSFORMERS.items():
-            name = name.replace(theirs, authors)
-        return name
-
-    norm_eps = config.get("layer_norm_epsilon", 1e-5)
-    if not isinstance(norm_eps, int | float):
-        raise CheckpointError(f"{folder / 'config.json'}: layer_norm_epsilon must be a number, not {norm_eps!r}.")
-    return {renamed(name): tensor for name, tensor in named.items()}, float(norm_eps)
-
-
-def from_pth(path: Path) -> tuple[Named, float]:
-    """As `from_folder`."""
-    return load_pickled(path), 1e-5
+    return named
 
 
 def load_pickled(path: Path) -> Named:
@@ -121,60 +102,20 @@ def load_pickled(path: Path) -> Named:
     return loaded
 
 
-def model_of(tensors: Named, norm_eps: float, source: Path) -> AFTForCausalLM:
-    """The model of tensors with the author's names. Without a head of its own the model has that of the embedding."""
+def model_of(family: type[LanguageModel], tensors: Named, described: dict[str, Any], source: Path) -> LanguageModel:
+    """The model of foreign tensors. Raises CheckpointError."""
+    what = family.config_class.family
     try:
-        tensors = {"head.weight": tensors["emb.weight"], **tensors}
-        vocab_size, d_model = tensors["emb.weight"].shape
-        d_ff = tensors["blocks.0.ffn.key.weight"].shape[0]
-        dtypes = {tensor.dtype for tensor in tensors.values()}
-        config = AFTConfig(
-            variant="rwkv4",
-            vocab_size=vocab_size,
-            d_model=d_model,
-            n_layer=1 + max(int(number) for name in tensors for number in re.findall(r"^blocks\.(\d+)\.", name)),
-            d_ff=d_ff,
-            tie_embeddings=torch.equal(tensors["head.weight"], tensors["emb.weight"]),
-            norm_eps=norm_eps,
-            dtype=str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32",  # type: ignore[arg-type]
-        )
-        dtype = getattr(torch, config.dtype)
-        renamed = {name: tensor.to(dtype).contiguous() for name, tensor in _renamed(tensors)}
+        config, named = family.from_foreign(tensors, described)
+        named = {name: tensor.to(getattr(torch, config.dtype)).contiguous() for name, tensor in named.items()}
     except KeyError as error:
-        raise CheckpointError(f"{source} lacks the tensor {error.args[0]!r} of RWKV-4.") from error
-    except (ValueError, IndexError, RuntimeError, ConfigError) as error:
-        raise CheckpointError(f"{source} is not an RWKV-4 model: {error}") from error
-    model = AFTForCausalLM.empty(config)
-    if config.tie_embeddings:
-        del renamed["head.weight"]
-    check_tensors(renamed, model.state_dict(), source)
-    model.load_state_dict(renamed, assign=True)
+        raise CheckpointError(f"{source} lacks the tensor {error.args[0]!r} of {what}.") from error
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"{source} is not a model of {what}: {error}") from error
+    model = family.empty(config)
+    check_tensors(named, model.state_dict(), source)
+    model.load_state_dict(named, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def _renamed(tensors: Named) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by our names; what is not known keeps its name."""
-    for name, tensor in tensors.items():
-        shift = re.fullmatch(r"blocks\.(\d+)\.(att|ffn)\.time_mix_([kvr])", name)
-        if shift is None:
-            shape = (-1,) if "time_" in name else tensor.shape
-            yield _ours(name), tensor.reshape(shape)
-            continue
-        block, part, which = shift.groups()
-        ours, order = MIXES[part]
-        if which == order[0]:
-            rows = [tensors[f"blocks.{block}.{part}.time_mix_{letter}"] for letter in order]
-            yield f"blocks.{block}.{ours}", torch.stack([row.flatten() for row in rows])
-
-
-def _ours(name: str) -> str:
-    for theirs, ours in OURS_BY_AUTHOR.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-        block = re.fullmatch(rf"(blocks\.\d+\.){re.escape(theirs)}(.*)", name)
-        if block:
-            return block[1] + ours + block[2]
-    return name
 
 
 def _copy_chat_template(source: Path, out: Path, tokenizer: Tokenizer) -> None:

@@ -6,23 +6,23 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from model.sampling import Sampler, SamplingError, SamplingParams, sample
-from model.transformer import AFTForCausalLM
+from model.language_model import LanguageModel
+from model.sampling import Sampler, SamplingParams, Vocabulary, sample
 
 
 @torch.inference_mode()
 def generate(
-    model: AFTForCausalLM, prompt_ids: Sequence[int], params: SamplingParams, end_of_text_id: int
+    model: LanguageModel, prompt_ids: Sequence[int], params: SamplingParams, vocabulary: Vocabulary
 ) -> Iterator[int]:
     """Yield at most `params.max_tokens` ids that follow `prompt_ids`; the last one may be a token that ends the text.
 
-    Knows tokens only: stop strings, grammars and several texts are the engine's.
+    Stop strings, grammars and several texts are the engine's.
     """
-    sampler = Sampler(params, prompt_ids, model.config.vocab_size, end_of_text_id)
+    sampler = Sampler(params, prompt_ids, vocabulary)
     logits, state = model.prefill(torch.tensor([prompt_ids], device=model.device))
     for n_generated in range(1, params.max_tokens + 1):
         (token_id,) = sample(logits.cpu(), [sampler])
-        if isinstance(token_id, SamplingError):
+        if isinstance(token_id, Exception):
             raise token_id
         yield token_id
         if token_id in sampler.end_ids or n_generated == params.max_tokens:

@@ -1,269 +1,134 @@
-"""The AFT operation (Zhai et al. 2021, equation 2, causal), as pure functions.
+"""The verbs that a block is described by, and PyTorch's implementation of them.
 
-    y_t = sum_{t' <= t} exp(k_t' + w_{t,t'}) v_t'  /  sum_{t' <= t} exp(k_t' + w_{t,t'})
+A family describes each of its blocks once, over these verbs; a backend is an implementation of them. PyTorch's, here,
+runs at once and is differentiable; the native backend's writes a list of kernels. Neither knows the families.
 
-Every variant has w = 0 outside a window, so one recurrence serves all: tokens inside the window keep their own key
-and value, in a ring; a token that leaves it is added to running sums (`absorb`). Only positive weights are ever
-summed, each relative to a maximum, so no finite key can overflow and none can turn a row into 0 / 0.
-
-RWKV-4 (Peng et al. 2023, equation 16) is the same without a window, w_{t,t'} = -(t - 1 - t') decay and a bonus for the
-token itself: the sums lose `decay` nats with every token.
-
-Shapes: B sequences, T tokens, H keys per token, D features per key, Q queries, K keys seen by them (K >= Q; the
-queries are the last Q of the K tokens), W = window - 1.
-    keys [B, K, H]    values [B, K, H, D]    bias [B or 1, H or 1, Q, K], -inf where the key is later than the query
+Shapes: B sequences, T tokens, C = d_model. X is the backend's own form of rows of tokens: here a tensor [B, T, C].
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.state import EMPTY_KEY, EMPTY_REFERENCE, LayerState, RunningSums
+from model.activation import Activation
+from model.kernel import Program, Rows
 
-BLOCK = 64  # tokens per block of the parallel form: its work per token grows with BLOCK + window
-DECAY_BLOCK = 32  # the same where sums decay, which costs an exponential for every pair and key
-REFERENCE_SLACK = 16.0  # nats by which a key may exceed the reference of the running sums before that moves
-SLOW_DECAY = 0.5  # nats; below, sums last so long that exp(-decay), rounded, would be the factor of another decay
-LARGEST_DECAY = 1e28  # nats per token; more cannot matter, and would overflow
-SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
-DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one
-
-LARGEST_KEY = 1e38  # so that no difference of two keys overflows
-
-BiasFunction = Callable[[int, int, int], Tensor]  # (n_queries, n_keys, tokens of this call before the first query)
+X = TypeVar("X")
+Matrix = nn.Linear | nn.Embedding  # y = x W^T + bias; an embedding has none
 
 
-def forward(
-    keys: Tensor,
-    values: Tensor,
-    bias: BiasFunction,
-    n_window: int,
-    position: Tensor,
-    state: LayerState | None,
-    decay: Tensor | None = None,
-) -> tuple[Tensor, LayerState]:
-    """Parallel form over T tokens that follow `state`: averages y [B, T, H, D] and the state after them.
+class Recurrence(nn.Module):
+    """What lies between two matrix products of a block and carries a state; a family's own, with its parameters.
 
-    The tokens are taken in blocks that hand a state on, so the cost is linear in T, and cutting the input anywhere
-    gives the same function. keys [B, T, H], values [B, T, H, D]; n_window = W; position [B or 1] of the first token;
-    decay [H] in nats per token, of the running sums, for W = 0; the bias has that of the tokens.
+    rows: what `Ops.recur` was given; layer: the state, a NamedTuple of the family; position [B] of the first token.
     """
-    n_tokens = keys.shape[1]
-    keys, values = _bounded(keys), values.float()
-    if state is None:  # an empty window has no columns here: nothing is computed for tokens that do not exist
-        state = LayerState.empty(keys.shape[0], keys.shape[2], values.shape[3], 0, keys.device)
-    else:
-        state = _roll(state, position)
-    outputs = []
-    block = BLOCK if decay is None else DECAY_BLOCK
-    for start in range(0, n_tokens, block):
-        block_keys = torch.cat([state.keys, keys[:, start : start + block]], 1)
-        block_values = torch.cat([state.values, values[:, start : start + block]], 1)
-        n_queries = min(block, n_tokens - start)
-        block_bias = bias(n_queries, block_keys.shape[1], start)
-        outputs.append(average(block_keys, block_values, block_bias, state.running, decay))
-        state = slide(state, block_keys, block_values, n_window, decay)
-    missing = n_window - state.keys.shape[1]
-    if missing > 0:
-        padded_keys = F.pad(state.keys, (0, 0, missing, 0), value=EMPTY_KEY)
-        state = replace(state, keys=padded_keys, values=F.pad(state.values, (0, 0, 0, 0, missing, 0)))
-    return torch.cat(outputs, 1), _roll(state, -(position + n_tokens))
+
+    functions: tuple[str, ...] = ()  # the C functions that `write` calls; none if only PyTorch runs it
+
+    def parallel(self, rows: Sequence[Tensor], layer: Any, position: Tensor, starts: bool) -> tuple[Tensor, Any]:
+        """rows [B, T, ...] -> y [B, T, C] and the layer after it, which may share nothing that was given.
+
+        starts: no token came before, the layer is empty, and position [1] is every sequence's.
+        """
+        raise NotImplementedError
+
+    def step_(self, rows: Sequence[Tensor], layer: Any, position: Tensor) -> Tensor:
+        """One token: rows [B, ...] -> y [B, C]; the layer becomes that after it, in place."""
+        raise NotImplementedError
+
+    def write(self, rows: Sequence[Rows], layer: Any, program: Program) -> Rows:
+        """Add the kernels that do the same to a program; the layer is stepped in place."""
+        raise NotImplementedError
 
 
-def step_(
-    key: Tensor, value: Tensor, bias: Tensor, position: Tensor, state: LayerState, decay: Tensor | None = None
-) -> Tensor:
-    """Recurrent form for one token: averages y [B, H, D]; the state becomes that after it.
+class Ops(Protocol[X]):
+    def embed(self, table: nn.Embedding, positions: nn.Embedding | None = None) -> X:
+        """The embeddings of the tokens, and those of their positions, if there are some."""
 
-    key [B, H], value [B, H, D], position [B], bias [B or 1, W+1, H or 1] by the distance to the token, decay [H].
+    def norm(self, x: X, norm: nn.LayerNorm) -> X:
+        """Layer norm."""
+
+    def linear(self, x: X, matrix: Matrix, activation: Activation = Activation.NONE, *, adds_to: X | None = None) -> X:
+        """activation(x W^T + bias), or that added to `adds_to`, whose place it takes."""
+
+    def split(self, x: X, widths: Sequence[int]) -> Sequence[X]:
+        """The columns of x in parts."""
+
+    def beside(self, *pairs: tuple[X, Matrix]) -> Sequence[X]:
+        """The product of each pair, side by side, as a recurrence wants them."""
+
+    def shift(self, x: X, mix: Tensor, shifted: Tensor, part: int) -> tuple[Sequence[X], Tensor]:
+        """m x_t + (1 - m) x_{t-1} for each row m of mix [M, C], and `shifted` after it.
+
+        shifted [B, S, C] holds in row `part` what x was for the last token.
+        """
+
+    def add_gated(self, x: X, gate: X, y: X) -> X:
+        """x + sigmoid(gate) y"""
+
+    def recur(self, recurrence: Recurrence, *rows: X, layer: Any) -> tuple[X, Any]:
+        """What the recurrence gives for the rows, and the layer after them."""
+
+
+class EagerOps:
+    """PyTorch, at once.
+
+    token_ids [B, T] at position [B]; starts: no token came before; in_place: T is 1, and the layers that are given
+    become those after it.
     """
-    key, value, running, n_window = _bounded(key), value.float(), state.running, state.keys.shape[1]
-    distance = (position.unsqueeze(1) - 1 - torch.arange(n_window, device=key.device)) % max(n_window, 1) + 1  # [B, W]
-    index = distance.unsqueeze(-1).expand(-1, -1, bias.shape[2])
-    keys = torch.cat([state.keys, key.unsqueeze(1)], 1)
-    values = torch.cat([state.values, value.unsqueeze(1)], 1)
-    bias = torch.cat([bias.expand(len(key), -1, -1).gather(1, index), bias[:, :1].expand(len(key), -1, -1)], 1)
-    top = torch.maximum(keys.amax(1), running.reference)  # [B, H]
-    logits = (keys - top.unsqueeze(1)) + bias
-    carried_logit = running.reference - top
-    peak = torch.maximum(logits.amax(1), carried_logit)
-    weights = torch.exp(logits - peak.unsqueeze(1))  # [B, W+1, H]
-    carried = torch.exp(carried_logit - peak).unsqueeze(-1) * _total(running)
-    numerator = (weights.unsqueeze(-1) * values).sum(1) + carried[..., :-1]
-    denominator = weights.sum(1) + carried[..., -1]
-    _replace_oldest_(key, value, position, state, decay)
-    return numerator / denominator.unsqueeze(-1)
 
+    def __init__(self, token_ids: Tensor, position: Tensor, *, starts: bool = False, in_place: bool = False) -> None:
+        self.token_ids, self.position, self.starts, self.in_place = token_ids, position, starts, in_place
 
-def _replace_oldest_(key: Tensor, value: Tensor, position: Tensor, state: LayerState, decay: Tensor | None) -> None:
-    """The token takes the slot of the one that leaves the window, which goes into the running sums."""
-    rows, n_window = torch.arange(len(key), device=key.device), state.keys.shape[1]
-    if n_window:
-        slot = position % n_window
-        leaving_key, leaving_value = state.keys[rows, slot], state.values[rows, slot]
-        state.keys[rows, slot], state.values[rows, slot] = key, value
-    else:
-        leaving_key, leaving_value = key, value
-    after = absorb(state.running, leaving_key.unsqueeze(1), leaving_value.unsqueeze(1), decay)
-    for old, new in zip(state.running.tensors(), after.tensors(), strict=True):
-        old.copy_(new)
+    def embed(self, table: nn.Embedding, positions: nn.Embedding | None = None) -> Tensor:
+        x: Tensor = table(self.token_ids)
+        if positions is None:
+            return x
+        n_tokens = self.token_ids.shape[1]
+        added: Tensor = positions(self.position[:, None] + torch.arange(n_tokens, device=x.device))
+        return x + added
 
+    def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        y: Tensor = norm(x)
+        return y
 
-def average(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums, decay: Tensor | None = None) -> Tensor:
-    """y [B, Q, H, D] for the last Q of K tokens, by whichever form is fast and exact here.
+    def linear(
+        self, x: Tensor, matrix: Matrix, activation: Activation = Activation.NONE, *, adds_to: Tensor | None = None
+    ) -> Tensor:
+        y = F.linear(x, matrix.weight, matrix.bias if isinstance(matrix, nn.Linear) else None)
+        if activation is Activation.GELU:
+            y = F.gelu(y)
+        elif activation is Activation.RELU_SQUARED:
+            y = torch.relu(y).square()
+        return y if adds_to is None else adds_to + y
 
-    The direct form costs an exponential per (query, key, H); the factorised one needs a bias common to all H, and
-    is much cheaper when there is a key per feature. It says itself whether it was exact.
-    """
-    if bias.shape[1] == 1 and values.shape[3] == 1 and decay is None:
-        output, denominator = average_factorised(keys, values, bias[:, 0], running)
-        if bool((denominator > SAFE_DENOMINATOR).all()):
-            return output
-        return _average_direct_by_rows(keys, values, bias, running)
-    return average_direct(keys, values, bias, running, decay)
+    def split(self, x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+        return torch.split(x, list(widths), -1)
 
+    def beside(self, *pairs: tuple[Tensor, Matrix]) -> Sequence[Tensor]:
+        return [self.linear(x, matrix) for x, matrix in pairs]
 
-def average_direct(
-    keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums, decay: Tensor | None = None
-) -> Tensor:
-    """Each row against its own maximum: exact for any keys and any bias. Returns y [B, Q, H, D]."""
-    # A key is taken relative to the largest that its row sees, then the bias is added: k + w alone would round to
-    # 1e-5 at |k| = 200, and so would the difference to a key that jumps up later.
-    seen = keys.cummax(1).values[:, -bias.shape[2] :]  # [B, Q, H]
-    top = torch.maximum(seen, running.reference.unsqueeze(1)).detach().transpose(1, 2)  # [B, H, Q]
-    logits = (keys.transpose(1, 2).unsqueeze(2) - top.unsqueeze(-1)) + bias  # [B, H, Q, K]
-    carried_logit = running.reference.unsqueeze(-1) - top  # [B, H, Q]
-    if decay is not None:
-        carried_logit = carried_logit - decay.unsqueeze(-1) * torch.arange(bias.shape[2], device=decay.device)
-    peak = torch.maximum(logits.amax(-1), carried_logit).detach()
-    weights = torch.exp(logits - peak.unsqueeze(-1))
-    carried = torch.exp(carried_logit - peak).unsqueeze(-1) * _total(running).unsqueeze(2)  # [B, H, Q, D+1]
-    numerator = weights @ values.transpose(1, 2) + carried[..., :-1]
-    denominator = weights.sum(-1) + carried[..., -1]
-    return (numerator / denominator.unsqueeze(-1)).transpose(1, 2)
+    def shift(self, x: Tensor, mix: Tensor, shifted: Tensor, part: int) -> tuple[Sequence[Tensor], Tensor]:
+        before = torch.cat([shifted[:, part].to(x.dtype).unsqueeze(1), x[:, :-1]], 1)
+        shifted = shifted if self.in_place else shifted.clone()
+        shifted[:, part] = x[:, -1]
+        return [x * m + before * (1 - m) for m in mix], shifted
 
+    def add_gated(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        return x + torch.sigmoid(gate) * y
 
-def _average_direct_by_rows(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> Tensor:
-    """`average_direct` for a key per feature: some rows at a time, to bound the memory."""
-    n_queries, n_keys = bias.shape[2:]
-    n_rows = max(1, DIRECT_ELEMENTS // keys.numel())
-    outputs = []
-    for start in range(0, n_queries, n_rows):
-        end = min(start + n_rows, n_queries)
-        seen = n_keys - n_queries + end
-        rows = bias[:, :, start:end, :seen]
-        outputs.append(average_direct(keys[:, :seen], values[:, :seen], rows, running))
-    return torch.cat(outputs, 1)
+    def recur(self, recurrence: Recurrence, *rows: Tensor, layer: Any) -> tuple[Tensor, Any]:
+        if self.in_place:
+            return self.step_(recurrence, [row[:, 0] for row in rows], layer).unsqueeze(1), layer
+        # From the start, every sequence is at position 0, and what depends on that serves the whole batch.
+        position = self.position[:1] if self.starts else self.position
+        return recurrence.parallel(rows, layer, position, self.starts)
 
-
-def average_factorised(keys: Tensor, values: Tensor, bias: Tensor, running: RunningSums) -> tuple[Tensor, Tensor]:
-    """exp(k + w) = exp(k) exp(w): one matrix product for all features. D = 1, bias [B or 1, Q, K].
-
-    Returns y [B, Q, H, 1] and the denominators [B, Q, H] relative to the largest key of the block and the largest
-    bias of the row. Terms are positive, so a row is exact unless its denominator is so small that terms of its
-    size may have underflowed.
-    """
-    top = torch.maximum(keys.amax(1), running.reference).detach().unsqueeze(1)  # [B, 1, H]
-    peak = bias.amax(-1, keepdim=True).clamp(min=0.0).detach()  # [B or 1, Q, 1]
-    weights = torch.exp(keys - top)  # [B, K, H]
-    pairs = torch.exp(bias - peak) @ torch.cat([weights * values.squeeze(-1), weights], -1)
-    carried = torch.exp(running.reference.unsqueeze(1) - top - peak).unsqueeze(-1) * _total(running).unsqueeze(1)
-    numerator, denominator = pairs.chunk(2, -1)
-    numerator, denominator = numerator + carried[..., 0], denominator + carried[..., 1]
-    return (numerator / denominator).unsqueeze(-1), denominator
-
-
-def slide(state: LayerState, keys: Tensor, values: Tensor, n_window: int, decay: Tensor | None) -> LayerState:
-    """Keep the last W of K tokens as the window; the others have left it and go into the running sums."""
-    n_leaving = max(keys.shape[1] - n_window, 0)
-    running = state.running
-    if n_leaving:
-        running = absorb(running, keys[:, :n_leaving], values[:, :n_leaving], decay)
-    return replace(state, running=running, keys=keys[:, n_leaving:], values=values[:, n_leaving:])
-
-
-def absorb(running: RunningSums, keys: Tensor, values: Tensor, decay: Tensor | None = None) -> RunningSums:
-    """Add tokens keys [B, N, H], values [B, N, H, D] to the running sums, with bias 0, or less by decay [H] per token.
-
-    Two errors could grow with the length of a sequence. Adding a small term to a large sum loses its low bits: the
-    loss is kept in `compensation`. Rescaling at each new maximum rounds: so the reference moves only when a key
-    exceeds it by 16 nats, at most once for each 16 nats that the largest key rises, and the rounding of so few moves
-    does not add up. For sums that decay see `_decayed`.
-    """
-    before, faded = running.reference, None
-    if decay is not None:
-        age = torch.arange(keys.shape[1] - 1, -1, -1, device=keys.device)
-        faded = decay * age.unsqueeze(1)  # [N, H]
-        before = _sunk(running, keys.shape[1] * decay.detach())
-    top = (keys if faded is None else keys - faded).amax(1).detach()
-    reference = torch.where(top > before + REFERENCE_SLACK, top, before)
-    logits = keys - reference.unsqueeze(1)
-    weights = torch.exp(logits if faded is None else logits - faded)  # [B, N, H]
-    added = torch.cat([(weights.unsqueeze(-1) * values).sum(1), weights.sum(1).unsqueeze(-1)], -1)
-    if decay is None:
-        scale = torch.exp(running.reference - reference).unsqueeze(-1)
-        compensation = running.compensation * scale
-    else:
-        scale, change = _decayed(running.reference, reference, keys.shape[1] * decay)
-        added = added + running.sums * change
-        compensation = running.compensation * (scale + change)
-    sums = running.sums * scale
-    total = sums + added
-    rounded = total - sums  # the part of `added` that arrived (Knuth's two-sum)
-    lost = (sums - (total - rounded)) + (added - rounded)
-    return RunningSums(reference, total, compensation + lost)
-
-
-def _sunk(running: RunningSums, faded: Tensor) -> Tensor:
-    """The reference [B, H] of sums that lose `faded` [H] nats: lower, if they would be too low beside it.
-
-    It sinks by multiples of the slack, which no reference is rounded by. If it sank with the sums, each token would
-    round the decay to the digits that the reference has left.
-    """
-    is_low = running.sums[..., -1] * torch.exp(-faded) < math.exp(-REFERENCE_SLACK)
-    sinks_by = torch.where(is_low, REFERENCE_SLACK * torch.ceil(faded / REFERENCE_SLACK), 0.0)
-    return (running.reference - sinks_by).clamp(min=EMPTY_REFERENCE)
-
-
-def _decayed(before: Tensor, reference: Tensor, faded: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors [B, H, 1] of sums that lose `faded` [H] nats and get another reference: sums * scale + sums * change."""
-    _, scale, change = decay_factors(faded)
-    is_kept = before == reference
-    scale = torch.where(is_kept, scale, torch.exp((before - reference) - faded))
-    return scale.unsqueeze(-1), torch.where(is_kept, change, 0.0).unsqueeze(-1)
-
-
-def decay_factors(decay: Tensor) -> Tensor:
-    """[3, H]: decay, and the factors scale and change of sums that lose it and keep their reference.
-
-    A slow decay is a small change of sums that keep their scale: that is added with compensation.
-    """
-    is_slow = decay <= SLOW_DECAY
-    scale = torch.where(is_slow, 1.0, torch.exp(-decay))
-    return torch.stack([decay, scale, torch.where(is_slow, torch.expm1(-decay), 0.0)])
-
-
-def _roll(state: LayerState, position: Tensor) -> LayerState:
-    """The ring after `position` [B or 1] tokens, oldest first. With -position, the inverse."""
-    batch_size, n_window, n_key = state.keys.shape
-    if not n_window:
-        return state
-    order = (position.unsqueeze(1) + torch.arange(n_window, device=position.device)) % n_window
-    order = order.expand(batch_size, -1).unsqueeze(-1)
-    keys = state.keys.gather(1, order.expand(-1, -1, n_key))
-    values = state.values.gather(1, order.unsqueeze(-1).expand_as(state.values))
-    return replace(state, keys=keys, values=values)
-
-
-def _bounded(keys: Tensor) -> Tensor:
-    return keys.float().clamp(-LARGEST_KEY, LARGEST_KEY)
-
-
-def _total(running: RunningSums) -> Tensor:
-    return running.sums + running.compensation
+    def step_(self, recurrence: Recurrence, rows: Sequence[Tensor], layer: Any) -> Tensor:
+        """For backends that have a faster one."""
+        return recurrence.step_(rows, layer, self.position)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from model.checkpoint import CONFIG_FILE, _load_config, load_checkpoint
-from model.transformer import AFTForCausalLM
+from model.checkpoint import CONFIG_FILE, load_checkpoint, load_config
+from model.families import family_of
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.config import ServerConfig
 from server.engine import LLM, LLMEngine
 from server.logs import configure_logging
-from server.sessions import open_prefix_store, open_store
+from server.stores import open_prefix_store, open_store
 from server.threads import use_threads
 
 # The engine gives up the interpreter at every tensor operation, and should not wait 5 ms to have it back.
@@ -46,4 +46,7 @@ def load_llm(config: ServerConfig) -> LLM:
 def state_bytes(checkpoint: Path) -> int | None:
     """Of the state of one text, without the weights; None where there is no such checkpoint. Raises CheckpointError."""
     path = checkpoint / CONFIG_FILE
-    return AFTForCausalLM.empty(_load_config(path)).init_state(1).nbytes if path.is_file() else None
+    if not path.is_file():
+        return None
+    config = load_config(path)
+    return family_of(config).empty(config).init_state(1).nbytes

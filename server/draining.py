@@ -19,6 +19,8 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self.engine, self.drain_timeout = engine, drain_timeout
         self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None  # the loop itself would let it be collected
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         self._loop = asyncio.get_running_loop()
@@ -29,11 +31,12 @@ class DrainingServer(uvicorn.Server):
         if self._draining or not self.started:
             super().handle_exit(sig, frame)
         else:
+            assert self._loop is not None, "started"
             self._draining = True
             self._loop.call_soon_threadsafe(self._begin_to_drain)  # a signal handler must not touch the loop otherwise
 
     def _begin_to_drain(self) -> None:
-        self._task = self._loop.create_task(self._drain_then_exit())
+        self._task = asyncio.create_task(self._drain_then_exit())
 
     async def _drain_then_exit(self) -> None:
         await drain(self.engine, self.drain_timeout)

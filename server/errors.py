@@ -18,7 +18,7 @@ class InvalidConversationError(InvalidRequestError):
 
 
 class NotFoundError(ServerError):
-    """There is no such model or page."""
+    """There is no such model, session or page."""
 
 
 class UnauthorizedError(ServerError):
@@ -55,6 +55,10 @@ class GenerationError(ServerError):
 
 class SlowReaderError(ServerError):
     """The client did not read its stream for so long that the text was dropped."""
+
+
+class EngineDeadError(ServerError):
+    """The engine has failed; nothing can be generated until the process is restarted."""
 
 
 class ShuttingDownError(ServerError):

@@ -9,11 +9,16 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from server.engine import LLMEngine, RequestStream
+from server.engine import FinishReason, LLMEngine, RequestStream
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 LABELS = ("model_name",)
+FINISHED_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.END_OF_TEXT: "stop",
+    FinishReason.STOP_SEQUENCE: "stop",
+}
 
 
 class Metrics:
@@ -99,7 +104,7 @@ class Metrics:
 
     def _count_ends(self, stream: RequestStream) -> None:
         unfinished = ["error" if stream.error else "abort"] * stream.num_unfinished
-        for reason in [*(reason.openai_name for reason in stream.finish_reasons), *unfinished]:
+        for reason in [*(FINISHED_REASONS[reason] for reason in stream.finish_reasons), *unfinished]:
             self._success.labels(self._model_name, reason).inc()
 
     def _seconds(self, name: str, what: str) -> Histogram:

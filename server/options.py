@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
@@ -21,14 +21,19 @@ WORDS = tuple[str, ...]  # on a command line one text, separated by spaces
 
 
 def options_of(
-    source: Callable[..., Any], *, only: Sequence[str] = (), texts: Mapping[str, str] | None = None
+    source: Callable[..., Any],
+    *,
+    only: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None,
+    more: Sequence[Parameter] = (),
 ) -> Callable[[Command], Command]:
     """Give a command the options of `source`: a config with those in it, or a function that has been given some.
 
     They are its `**options`, in their order, before the command's own; a keyword of one's name is that option, too.
-    only: names of those that it takes; texts: of fields that are no settings.
+    only: names of those that it takes; texts: of fields that are no settings; more: further
+    options, which come first.
     """
-    found = {option.name: option for option in _options(source, texts or {})}
+    found = {given.name: given for given in (*more, *_options(source, texts or {}))}
     options = {name: found[name] for name in only} if only else found
 
     def decorate(command: Command) -> Command:
@@ -76,19 +81,22 @@ def _options(source: Any, texts: Mapping[str, str]) -> Iterator[Parameter]:
         if _is_config(kind):
             yield from _options(kind, texts)
         elif told := settings.get(field.name):
-            yield _option_of(told, kind, field.default)
+            yield option_of(told, kind, field.default)
         elif field.name in texts:
-            yield _option(field.name, kind, field.default, texts[field.name])
+            yield option(field.name, kind, field.default, texts[field.name])
 
 
-def _option_of(setting: Setting, kind: Any, default: Any) -> Parameter:
+def option_of(setting: Setting, kind: Any, default: Any) -> Parameter:
     if kind == WORDS:
-        return _option(setting.name, str | None, " ".join(default) or None, setting.text)
+        return option(setting.name, str | None, " ".join(default) or None, setting.text)
     if setting.unit:
-        return _option(setting.name, kind, default // setting.scale, f"{setting.unit} {setting.text}")
-    return _option(setting.name, kind, default, setting.text)
+        return option(setting.name, kind, default // setting.scale, f"{setting.unit} {setting.text}")
+    return option(setting.name, kind, default, setting.text, setting.choices)
 
 
-def _option(name: str, kind: Any, default: Any, text: str) -> Parameter:
-    annotation = Annotated[kind, typer.Option(help=text)]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def option(name: str, kind: Any, default: Any, text: str, choices: Sequence[str] = ()) -> Parameter:
+    """An option of a command. choices: the values that it may have besides None, if not all of `kind`."""
+    if choices:
+        kind = Literal[tuple(choices)]
+        kind = kind if default is not None else kind | None
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=text)])

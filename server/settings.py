@@ -22,6 +22,7 @@ class Setting:
     at_least: float | None = None
     at_most: float | None = None
     positive: bool = False
+    choices: tuple[str, ...] = ()
 
     @property
     def scale(self) -> int:
@@ -31,7 +32,9 @@ class Setting:
     def check(self, value: Any) -> None:
         """Raises ConfigurationError, which names the setting and its range, for a value out of it."""
         low, high = self.at_least, self.at_most
-        if self.positive and not value > 0:
+        if self.choices and value not in self.choices:
+            allowed = f"one of {', '.join(self.choices)}"
+        elif self.positive and not value > 0:
             allowed = "positive"
         elif low is not None and high is not None and not low <= value <= high:
             allowed = f"from {low} to {high}"
@@ -49,7 +52,7 @@ def setting(default: Any, text: str, **more: Any) -> Any:
     text      what it is; of a size, what follows the unit
     name      for people, if that is not the field's
     unit      of SIZES: what people count in; the field is in bytes
-    at_least, at_most, positive   its range; None is always allowed where the type has it
+    at_least, at_most, positive, choices   its range; None is always allowed where the type has it
     """
     return dataclasses.field(default=default, metadata={"setting": Setting(text=text, **more)})
 

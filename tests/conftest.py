@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import tokenizers
 import torch
 from hypothesis import HealthCheck, settings
 
-from model import AFTConfig, AFTForCausalLM, SentencePieceTokenizer, Tokenizer, save_checkpoint
-from model.config import Variant
+from model import AFTConfig, LanguageModel, RWKV4Config, SentencePieceTokenizer, Tokenizer, save_checkpoint
+from model.config import ModelConfig
+from model.families import family_of
 from model.tokenizer import END_OF_TEXT
 
 # Tiny tensors gain nothing from a second thread, and waiting for it makes tests on two cores several times slower.
@@ -30,28 +32,34 @@ STORIES = [
     "The bird said, “Good morning, fox!” The fox said, “Good morning, bird!”\n\nThey were friends for ever.",
     "Ann had 3 cats and 12 dogs. The cats slept in the sun. The dogs ran to the park and played with a ball.",
 ]
-VARIANTS: list[Variant] = ["simple", "conv", "local", "full", "rwkv4"]
+Variant = str
+VARIANTS: list[Variant] = ["simple", "conv", "local", "full", "rwkv4"]  # of AFT, and other families
+ONLY_AFT = {"n_head": 4, "window": 6, "d_bias": 3, "max_positions": 256}
 
 
-def tiny_config(variant: Variant = "conv", **changes: object) -> AFTConfig:
-    fields: dict[str, object] = {
-        "variant": variant,
-        "vocab_size": 400,
-        "d_model": 16,
-        "n_layer": 2,
-        "n_head": 4,
-        "window": 6,
-        "d_bias": 3,
-        "max_positions": 256,
-        "d_ff": 32,
-    }
-    return AFTConfig.from_dict(fields | changes)
+@dataclass(frozen=True)
+class Ids:
+    """A vocabulary of tokens without bytes."""
+
+    vocab_size: int
+    end_of_text_id: int
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        return [b""] * self.vocab_size
 
 
-def random_model(config: AFTConfig, seed: int = 0, std: float = 0.3) -> AFTForCausalLM:
+def tiny_config(variant: Variant = "conv", **changes: object) -> ModelConfig:
+    fields: dict[str, object] = {"vocab_size": 400, "d_model": 16, "n_layer": 2, "d_ff": 32}
+    if variant == "rwkv4":
+        return RWKV4Config.from_dict(fields | {k: v for k, v in changes.items() if k not in ONLY_AFT})
+    return AFTConfig.from_dict(fields | ONLY_AFT | {"variant": variant} | changes)
+
+
+def random_model(config: ModelConfig, seed: int = 0, std: float = 0.3) -> LanguageModel:
     """Parameters far larger than at the start of training, so that positions, keys and biases all matter."""
     torch.manual_seed(seed)
-    model = AFTForCausalLM(config)
+    model = family_of(config)(config)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=std)

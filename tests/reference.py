@@ -1,4 +1,6 @@
-"""The AFT operation as plain loops in float64, straight from the paper's formula. Shares no code with `model`.
+"""The AFT operation as plain loops in float64, straight from the paper's formula.
+
+Of `model` it knows where parameters are, and no code.
 
 Shapes: T tokens, H keys per token, D features per key. One sequence, no batch.
 """
@@ -10,7 +12,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from model.layers import ConvBias, DecayBias, FactorisedBias, PositionBias
+from model.families.aft import ConvBias, FactorisedBias
+from model.families.rwkv4 import DecayBias
+from model.recurrences.aft import AFT
 
 Bias = Callable[[int, int, int], Tensor]  # (h, t, t') -> w, a float64 scalar
 
@@ -30,7 +34,7 @@ def aft_reference(keys: Tensor, values: Tensor, w: Bias, rows: Iterable[int] | N
     return torch.stack(output)
 
 
-def reference_bias(bias: PositionBias) -> Bias:
+def reference_bias(bias: AFT) -> Bias:
     """w_{t,t'} of a bias module, computed in float64 from its parameters."""
     zero = torch.zeros((), dtype=torch.float64)
     if isinstance(bias, ConvBias):

@@ -9,25 +9,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.language_model import LanguageModel
 from model.tokenizer import Tokenizer
-from model.transformer import AFTForCausalLM
 
 CHUNK = 512
 
 
 @torch.inference_mode()
 def bits_per_character(
-    model: AFTForCausalLM, tokenizer: Tokenizer, documents: Sequence[str], *, batch_size: int = 16
+    model: LanguageModel, tokenizer: Tokenizer, documents: Sequence[str], *, batch_size: int = 16
 ) -> float:
     """Bits that the model needs for the text of `documents`, each read alone from its start, per character.
 
-    The first token is predicted from the end-of-text token that starts every text. The cost of predicting the end
-    itself is left out, since it is not text.
+    The first token is predicted from the end-of-text token, whether or not the tokenizer's texts begin with it: else
+    its characters would cost nothing. The cost of predicting the end itself is left out, since it is not text.
     """
-    encoded = sorted((tokenizer.encode_text(document) for document in documents), key=len)
+    start = tokenizer.end_of_text_id
+    encoded = sorted(([start, *tokenizer.encode(document)] for document in documents), key=len)
     nats = 0.0
-    for start in range(0, len(encoded), batch_size):
-        rows = encoded[start : start + batch_size]
+    for first in range(0, len(encoded), batch_size):
+        rows = encoded[first : first + batch_size]
         tokens = torch.full((len(rows), len(rows[-1])), -1)  # padded on the right, which a causal model cannot see
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
@@ -35,7 +36,7 @@ def bits_per_character(
     return nats / math.log(2) / sum(map(len, documents))
 
 
-def _text_nats(model: AFTForCausalLM, tokens: Tensor) -> float:
+def _text_nats(model: LanguageModel, tokens: Tensor) -> float:
     """Total nats of tokens [B, T + 1], in chunks: the logits of a long text would not fit into memory."""
     nats, state = 0.0, None
     for start in range(0, tokens.shape[1] - 1, CHUNK):

@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoint import load_tensors, save_tensors, write_whole
 from model.errors import CheckpointError, ConfigError
+from model.language_model import LanguageModel
+from model.ops import Recurrence
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches
 from model.training.evaluate import total_nats
-from model.transformer import AFTForCausalLM
 
 STATE_FILE = "training_state.safetensors"
 
@@ -39,7 +40,7 @@ class Record:
 class Loss(nn.Module):
     """Mean cross-entropy in nats per token. A module, so that DDP wraps it and torch.compile sees no unused state."""
 
-    def __init__(self, model: AFTForCausalLM) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
@@ -55,7 +56,7 @@ class Trainer:
     With several processes (torchrun), each reads its share of every batch, and all hold the same weights.
     """
 
-    def __init__(self, model: AFTForCausalLM, batches: PackedBatches, config: TrainingConfig, folder: Path) -> None:
+    def __init__(self, model: LanguageModel, batches: PackedBatches, config: TrainingConfig, folder: Path) -> None:
         self.model, self.batches, self.config, self.folder = model, batches, config, folder
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95))
         self.history: list[Record] = []
@@ -143,12 +144,13 @@ class Trainer:
         return {**run, **self.model.config.to_dict(), "tokens": self.batches.digest}
 
 
-def parameter_groups(model: AFTForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and position biases, whose zero is not "small", do not."""
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and what recurrences learn, whose zero is not "small", do not."""
+    of_recurrences = {id(p) for m in model.modules() if isinstance(m, Recurrence) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (decayed if parameter.ndim >= 2 and ".bias." not in name else free).append(parameter)
+    for parameter in model.parameters():
+        (decayed if parameter.ndim >= 2 and id(parameter) not in of_recurrences else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,14 +17,17 @@ from server.api import sessions as sessions_api
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.api.context import Context
-from server.api.errors import add_error_handlers
+from server.api.contracts import Contracts
 from server.api.middleware import APIKeys, BodyLimit, RequestLog
-from server.api.openai import router as openai
-from server.api.tgi import router as tgi
+from server.api.openai.contract import OPENAI
+from server.api.tgi.contract import TGI
 from server.api.tracing import Tracer
 from server.engine import AsyncEngine, LLMEngine, PrefixStore, StoredPrefixes
 from server.metrics import Metrics
-from server.sessions import Sessions, SessionsConfig, SessionStore, SQLiteStore
+from server.sessions import Sessions, SessionsConfig
+from server.stores import SessionStore, SQLiteSessionStore
+
+CONTRACTS = (TGI, OPENAI)
 
 
 def create_app(
@@ -41,9 +45,13 @@ def create_app(
     """
     config = config or APIConfig()
     metrics = Metrics(engine, config.model_name)
-    stored = StoredPrefixes(prefix_store, engine, metrics.on_drop) if prefix_store else None
+    stored = (
+        StoredPrefixes(prefix_store, engine.prefix_cache, engine.state_files, engine.config, metrics.on_drop)
+        if prefix_store
+        else None
+    )
     async_engine = AsyncEngine(engine, metrics, stored)
-    sessions = Sessions(store or SQLiteStore(":memory:"), engine, sessions_config)
+    sessions = Sessions(store or SQLiteSessionStore(":memory:"), engine.state_files, sessions_config)
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
@@ -52,12 +60,13 @@ def create_app(
             stored.start()
         async_engine.start()
         yield
-        async_engine.stop()
+        # In threads: those who wait for a last step still read their answers.
+        await asyncio.to_thread(async_engine.stop)
         if stored:
-            stored.close()
+            await asyncio.to_thread(stored.close)
         sessions.store.close()
         if tracer:
-            tracer.close()
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="AFT server",
@@ -69,26 +78,33 @@ def create_app(
     app.state.context = Context(
         async_engine, config, metrics, chat_template or ChatTemplate(), sessions, int(time.time())
     )
-    for router in (tgi.router, openai.router, sessions_api.router, tokenize.router, operations.router, ui.router):
-        app.include_router(router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    add_error_handlers(app)
+    contracts = Contracts(CONTRACTS)
+    for contract in CONTRACTS:
+        app.include_router(contract.router)
+    app.include_router(sessions_api.router, responses=contracts.responses(sessions_api.ERRORS))
+    app.include_router(tokenize.router, responses=contracts.responses(tokenize.ERRORS))
+    app.include_router(operations.router)
+    app.include_router(ui.router)
+    app.openapi = lambda: _openapi(app, contracts)  # type: ignore[method-assign]
+    contracts.add_error_handlers(app)
     # The last one added sees a request first.
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_size)
+    larger = {sessions_api.IMPORT_PATH: async_engine.info.file_bytes}  # what /export gives can always come back
+    app.add_middleware(BodyLimit, contracts=contracts, max_bytes=config.max_body_size, larger=larger)
     if config.api_keys:
-        app.add_middleware(APIKeys, keys=config.api_keys)
+        app.add_middleware(APIKeys, contracts=contracts, keys=config.api_keys)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(RequestLog, tracer=tracer)
+    app.add_middleware(RequestLog, contracts=contracts, tracer=tracer)
     return app
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The document without the 422 that FastAPI adds by itself: under /v1, invalid bodies get 400."""
+def _openapi(app: FastAPI, contracts: Contracts) -> dict[str, Any]:
+    """The document without the 422 that FastAPI adds by itself, where a contract has another for invalid bodies."""
     if app.openapi_schema is None:
         document = FastAPI.openapi(app)
         for path, operations_at in document["paths"].items():
-            for operation in operations_at.values() if path.startswith("/v1/") else ():
-                operation["responses"].pop("422", None)
+            if 422 not in contracts.of(path).responses:
+                for operation in operations_at.values():
+                    operation["responses"].pop("422", None)
         app.openapi_schema = document
     return app.openapi_schema

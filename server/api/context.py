@@ -10,8 +10,12 @@ from fastapi import Depends, Request
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.engine import AsyncEngine
+from server.errors import NotFoundError
 from server.metrics import Metrics
 from server.sessions import Sessions
+
+# huggingface_hub and text-generation send these whatever the model is called.
+PLACEHOLDER_NAMES = frozenset({"", "dummy", "tgi"})
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ def owner_of(request: Request) -> str:
     """Whose sessions a request may see: one name for each API key, and one for everyone where there are no keys."""
     owner: str = getattr(request.state, "owner", "")
     return owner
+
+
+def check_model(context: Context, name: str | None) -> None:
+    """Raises NotFoundError if that is not the model that is served."""
+    if name is not None and name not in PLACEHOLDER_NAMES and name != context.config.model_name:
+        raise NotFoundError(f"There is no model {name[:100]!r} here, only {context.config.model_name!r}.")
 
 
 ContextOf = Annotated[Context, Depends(_of)]

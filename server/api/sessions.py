@@ -9,23 +9,21 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from server.api.context import ContextOf, owner_of
-from server.api.errors import TGI_RESPONSES
 from server.api.validation import Body
-from server.sessions import Session
+from server.stores import Session
 
 FILE = "application/octet-stream"
 MAX_FORKS = 256
 
 SessionId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: TGI_RESPONSES[status] for status in (401, 404, 413, 422, 429, 503)
-}
+ERRORS = (401, 404, 413, 422, 429, 503)
 FILE_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
 }
 FILE_ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": {FILE: {}}}}
 
-router = APIRouter(prefix="/sessions", tags=["sessions"], responses=RESPONSES)
+router = APIRouter(prefix="/sessions", tags=["sessions"])
+IMPORT_PATH = "/sessions/import"
 
 
 class SessionCard(BaseModel):
@@ -77,9 +75,9 @@ async def delete_session(session_id: SessionId, context: ContextOf, request: Req
 
 @router.post("/{session_id}/fork", status_code=201)
 async def fork_session(session_id: SessionId, body: ForkRequest, context: ContextOf, request: Request) -> SessionList:
-    """New sessions that go on from where this one is."""
-    owner = owner_of(request)
-    return SessionList(sessions=[card(await context.sessions.fork(session_id, owner)) for _ in range(body.n)])
+    """New sessions that go on from where this one is: as many as were asked for, or none."""
+    forks = await context.sessions.fork(session_id, owner_of(request), body.n)
+    return SessionList(sessions=[card(session) for session in forks])
 
 
 @router.get("/{session_id}/export", response_class=Response, responses=FILE_ANSWER)

@@ -11,83 +11,18 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from model.sampling import SamplingParams
-from server.api.context import Context, owner_of
-from server.engine import Completion, RequestOutput, RequestStream
-from server.errors import InvalidRequestError, ServerError
+from server.api.turns import TextStream, close
+from server.engine import Completion, RequestOutput
+from server.errors import ServerError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM = "text/event-stream"
 
 T = TypeVar("T")
-Prompt = str | list[int]
 
 
-async def open_streams(
-    http_request: Request,
-    context: Context,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    *,
-    session_id: str | None = None,
-    **options: Any,
-) -> list[RequestStream]:
-    """Submit a request for each prompt, all or none. Raises and takes options as `AsyncEngine.submit`.
-
-    session_id: of the session whose next turn this is, as `Sessions.begin_turn`.
-    """
-    if session_id is not None:
-        return [await _open_turn(http_request, context, prompts, params, session_id, **options)]
-    streams: list[RequestStream] = http_request.state.record.streams
-    if len(prompts) > context.engine.capacity:
-        raise InvalidRequestError(f"There must be at most {context.engine.capacity} prompts, not {len(prompts)}.")
-    try:
-        for prompt in prompts:
-            stream = await context.engine.submit(prompt, params, timeout=context.config.request_timeout, **options)
-            streams.append(stream)  # one by one: those before an error must be closed
-    except BaseException:
-        close(streams)
-        raise
-    return streams
-
-
-async def _open_turn(
-    http_request: Request,
-    context: Context,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    session_id: str,
-    **options: Any,
-) -> RequestStream:
-    """The turn is committed before its end is told, and its session is free again when the stream is closed."""
-    if len(prompts) != 1 or params.n_generated != 1:
-        raise InvalidRequestError("A turn of a session has one prompt and one text.")
-    turn = await context.sessions.begin_turn(session_id, owner_of(http_request))
-    try:
-        prompt = prompts[0]
-        if turn.start is not None:  # only the first turn follows the token that starts every text
-            options["add_special_tokens"] = False
-            start_id = context.engine.engine.tokenizer.end_of_text_id
-            prompt = prompt[1:] if isinstance(prompt, list) and prompt[:1] == [start_id] else prompt
-        timeout = context.config.request_timeout
-        stream = await context.engine.submit(
-            prompt, params, timeout=timeout, start=turn.start, keep_conversation=True, **options
-        )
-    except BaseException:
-        turn.release()
-        raise
-    stream.before_end, stream.on_close = turn.commit, turn.release
-    http_request.state.record.streams.append(stream)
-    return stream
-
-
-def close(streams: Sequence[RequestStream]) -> None:
-    for stream in streams:
-        stream.close()
-
-
-async def read_all(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
+async def read_all(streams: Sequence[TextStream]) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
     """(index of the stream, what came from it), as it comes, until all have ended."""
     if len(streams) == 1:
         while outputs := await streams[0].read():
@@ -109,7 +44,7 @@ async def read_all(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int,
         await asyncio.gather(*reading, return_exceptions=True)
 
 
-async def collect(streams: Sequence[RequestStream]) -> list[list[Completion]]:
+async def collect(streams: Sequence[TextStream]) -> list[list[Completion]]:
     """The texts of each stream, whole."""
     completions = [[Completion(i) for i in range(stream.request.params.n_generated)] for stream in streams]
     async for i, outputs in read_all(streams):
@@ -119,7 +54,7 @@ async def collect(streams: Sequence[RequestStream]) -> list[list[Completion]]:
 
 
 async def whole_answer(
-    http_request: Request, streams: Sequence[RequestStream], respond: Callable[[list[list[Completion]]], Response]
+    http_request: Request, streams: Sequence[TextStream], respond: Callable[[list[list[Completion]]], Response]
 ) -> Response:
     """The response made from the texts once they are complete. If the client leaves before, generation stops."""
     try:
@@ -131,7 +66,7 @@ async def whole_answer(
 
 async def event_answer(
     http_request: Request,
-    streams: Sequence[RequestStream],
+    streams: Sequence[TextStream],
     events: AsyncIterator[bytes],
     error_event: Callable[[Exception], bytes],
 ) -> Response:
@@ -150,7 +85,7 @@ async def event_answer(
 class EventStream(StreamingResponse):
     """Lets go of its requests however it ends, even if the client has left before the first event."""
 
-    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[RequestStream]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream]) -> None:
         super().__init__(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
         self.streams = streams
 

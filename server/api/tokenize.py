@@ -9,20 +9,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from server.api.context import ContextOf
-from server.api.errors import TGI_RESPONSES
-from server.api.openai.protocol import Message, TokenId
-from server.api.openai.serving import as_template_input, check_model
-from server.api.validation import Body
+from server.api.context import ContextOf, check_model
+from server.api.messages import Message, as_template_input
+from server.api.validation import Body, TokenId
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    401: TGI_RESPONSES[401],
-    404: TGI_RESPONSES[404],
-    413: TGI_RESPONSES[413],
-    422: TGI_RESPONSES[422],
-}
+ERRORS = (401, 404, 413, 422)
 
-router = APIRouter(tags=["tokens"], responses=RESPONSES)
+router = APIRouter(tags=["tokens"])
 
 
 class TokenizeRequest(Body):
@@ -83,7 +76,7 @@ class TokenizerInfo(BaseModel):
 def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
     """The ids of a text: a list of tokens for `inputs`, an object of ids for `prompt` or `messages`."""
     # Not a coroutine, and its answer is made here: long texts must not hold up the streams of others.
-    tokenizer = context.engine.engine.tokenizer
+    tokenizer = context.engine.info.tokenizer
     check_model(context, body.model)
     encode = tokenizer.encode if body.add_special_tokens is False else tokenizer.encode_text
     if body.inputs is not None:
@@ -94,7 +87,7 @@ def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
         assert body.prompt is not None
         ids = [tokenizer.end_of_text_id] if body.prompt == END_OF_TEXT else encode(body.prompt)
     strings = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
-    told = {"tokens": ids, "count": len(ids), "max_model_len": context.engine.engine.max_model_len}
+    told = {"tokens": ids, "count": len(ids), "max_model_len": context.engine.info.max_model_len}
     return JSONResponse({**told, "token_strs": strings})
 
 
@@ -102,13 +95,13 @@ def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
 def detokenize(body: DetokenizeRequest, context: ContextOf) -> Text:
     """The text of token ids. Bytes that are not UTF-8 become U+FFFD; the end-of-text token is no text."""
     check_model(context, body.model)
-    return Text(prompt=context.engine.engine.tokenizer.decode(body.tokens))
+    return Text(prompt=context.engine.info.tokenizer.decode(body.tokens))
 
 
 @router.get("/tokenizer_info")
 def tokenizer_info(context: ContextOf) -> TokenizerInfo:
     """What a client needs to know of the tokenizer."""
-    tokenizer = context.engine.engine.tokenizer
+    tokenizer = context.engine.info.tokenizer
     return TokenizerInfo(
         tokenizer_class=type(tokenizer).__name__,
         vocab_size=tokenizer.vocab_size,

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+INT32 = 2**31 - 1
+TokenId = Annotated[int, Field(ge=0, le=INT32)]
 StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
 
 SessionName = Annotated[

@@ -13,16 +13,16 @@ import typer
 from rich.console import Console
 
 from model.checkpoint import load_checkpoint, save_checkpoint
-from model.config import AFTConfig, Variant
 from model.errors import ConfigError
+from model.families import architectures, config_of, family_of, fields_to_choose
+from model.language_model import LanguageModel
 from model.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents, read_documents
 from model.training.evaluate import bits_per_character
 from model.training.progress import ProgressReport, plot_history
 from model.training.trainer import Record, Trainer, init_processes, process_rank, write_history
-from model.transformer import AFTForCausalLM
-from server.options import options_of
+from server.options import option, options_of
 
 LOSS_CURVE_FILE, HISTORY_FILE = "loss.png", "training_log.jsonl"
 
@@ -45,7 +45,14 @@ HELP = {
 }
 
 
-@options_of(TrainingConfig, texts=HELP)
+DEFAULTS = {"d_model": 256, "n_layer": 6, "n_head": 16}  # of an architecture, where it has them
+ARCHITECTURE = [
+    option("variant", str, "conv", "Architecture.", tuple(architectures())),
+    *(option(name, *of) for name, of in fields_to_choose(DEFAULTS).items()),
+]
+
+
+@options_of(TrainingConfig, texts=HELP, more=ARCHITECTURE)
 def train(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],
@@ -56,16 +63,8 @@ def train(
         Path | None, typer.Option(help="Tokenizer's file, or its folder, to use instead of a new one.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
-    variant: Annotated[Variant, typer.Option(help="Position bias.")] = "conv",
-    d_model: Annotated[int, typer.Option(help="Width of the model.")] = 256,
-    n_layer: Annotated[int, typer.Option(help="Blocks.")] = 6,
-    n_head: Annotated[int, typer.Option(help="Heads of the key (conv).")] = 16,
-    window: Annotated[int, typer.Option(help="Tokens that a bias reaches (conv, local).")] = 32,
-    d_bias: Annotated[int, typer.Option(help="Inner size of the factorised bias (local, full).")] = 32,
-    max_positions: Annotated[int, typer.Option(help="Longest sequence, where the model has one.")] = 1024,
-    d_ff: Annotated[int | None, typer.Option(help="Inner width of the feed-forward layer; 4 * d-model.")] = None,
-    position_embeddings: Annotated[bool, typer.Option(help="Learned position embeddings, as in the paper.")] = False,
     *,
+    variant: str,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile; needs a C++ compiler.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run whose state lies in the folder.")] = False,
@@ -77,6 +76,7 @@ def train(
     """
     target = choose_device(device)
     init_processes(target)
+    shape = {name: settings.pop(name) for name in fields_to_choose()}
     config = TrainingConfig(data=tuple(Source.parse(text) for text in data), compile=compile_loss, **settings)
     console = Console(quiet=process_rank() > 0)
     documents = [read_documents(source.path) for source in config.data]
@@ -86,19 +86,9 @@ def train(
         model.requires_grad_()
     else:
         words = prepare_tokenizer(out, tokenizer, config, documents, vocab_size, resume)
-        architecture = AFTConfig(
-            variant=variant,
-            vocab_size=words.vocab_size,
-            d_model=d_model,
-            n_layer=n_layer,
-            n_head=n_head,
-            window=window,
-            d_bias=d_bias,
-            max_positions=max_positions,
-            d_ff=d_ff,
-            position_embeddings=position_embeddings,
-        )
-        model = AFTForCausalLM(architecture).to(target)
+        given = {name: value for name, value in shape.items() if value is not None}
+        architecture = config_of(variant, {**given, "vocab_size": words.vocab_size}, DEFAULTS)
+        model = family_of(architecture)(architecture).to(target)
     streams = [(encode_documents(d, words), s.repeats) for d, s in zip(documents, config.data, strict=True)]
     batches = PackedBatches(streams, batch_size=config.batch_size, context=config.context, seed=config.seed)
     console.print(f"{model.num_parameters:,} parameters on {target}", highlight=False)
@@ -147,7 +137,7 @@ def prepare_tokenizer(
     return SentencePieceTokenizer.train(one_pass(), vocab_size)
 
 
-def check_lengths(documents: list[str], tokenizer: Tokenizer, model: AFTForCausalLM) -> None:
+def check_lengths(documents: list[str], tokenizer: Tokenizer, model: LanguageModel) -> None:
     """Before hours of training rather than after: can the model read what it will be validated on?"""
     limit = model.config.context_limit
     if limit is None:

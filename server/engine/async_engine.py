@@ -5,110 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from model.sampling import Grammar, SamplingParams
+from server.engine.admission import Admission
 from server.engine.conversation import Conversation
+from server.engine.info import EngineInfo
 from server.engine.llm_engine import LLMEngine
 from server.engine.prefix_cache import Prefix
 from server.engine.prefix_store import StoredPrefixes
-from server.engine.request import FinishReason, Request, RequestOutput
+from server.engine.request import Request, RequestOutput
+from server.engine.request_stream import RequestStream
 from server.engine.structured_output import GrammarCompiler, Matcher
 from server.errors import (
+    EngineDeadError,
     GenerationError,
     InvalidRequestError,
     OverloadedError,
     ServerError,
     ShuttingDownError,
-    SlowReaderError,
 )
 
 logger = logging.getLogger(__name__)
 
+GRAMMAR_THREADS = 2  # that compile at a time
 LONG_PROMPT = 4096  # characters from which a prompt is tokenised in a thread, so that streams go on meanwhile
-MAX_UNREAD = 4096  # outputs that a client may leave unread before its request is dropped
-
-
-class RequestStream:
-    """Outputs of a request as they come, read by one reader. `close` aborts what is not done; it must be called.
-
-    Times are of time.monotonic(). num_unfinished: texts that have not ended.
-    """
-
-    def __init__(self, request: Request, close: Callable[[RequestStream], None]) -> None:
-        self.request = request
-        self.first_token_at: float | None = None
-        self.last_token_at: dict[int, float] = {}  # by index of the text
-        self.finish_reasons: list[FinishReason] = []
-        self.num_generated_tokens = 0
-        self.error: ServerError | None = None
-        self.is_counted = True  # among the engine's requests
-        self.before_end: Callable[[Conversation], Awaitable[None]] | None = None  # a text's end is told after it
-        self.on_close: Callable[[], None] | None = None
-        self._unread: list[RequestOutput] = []
-        self._has_unread = asyncio.Event()
-        self._n_to_read = request.params.n_generated
-        self._close: Callable[[RequestStream], None] | None = close
-
-    @property
-    def num_unfinished(self) -> int:
-        return self.request.params.n_generated - len(self.finish_reasons)
-
-    def put(self, output: RequestOutput, now: float) -> float | None:
-        """Take an output; returns the seconds since the same text's last token, None for its first."""
-        if self.error is not None:
-            return None
-        self.error = output.error
-        if output.finish_reason is not None:
-            self.finish_reasons.append(output.finish_reason)
-        interval = None
-        if output.token is not None:
-            self.num_generated_tokens += 1
-            interval = now - last if (last := self.last_token_at.get(output.index)) is not None else None
-            self.last_token_at[output.index] = now
-            self.first_token_at = self.first_token_at or now
-        if output.error is None:
-            self._unread.append(output)
-        self._has_unread.set()
-        if len(self._unread) > MAX_UNREAD and self.error is None:
-            self.error = SlowReaderError(f"The client left {MAX_UNREAD} tokens of its stream unread.")
-            self.close()
-        return interval
-
-    def close(self) -> None:
-        """Let go of the request; the engine drops it within a step unless it has ended. May be called again."""
-        if self._close:
-            close, self._close = self._close, None
-            close(self)
-            if self.on_close:
-                self.on_close()
-
-    async def read(self) -> list[RequestOutput]:
-        """The outputs that came since the last call, at least one; [] after the last. Raises what ended the request."""
-        if not self._n_to_read:
-            return []
-        await self._has_unread.wait()
-        outputs, self._unread = self._unread, []
-        if not outputs:
-            assert self.error is not None
-            raise self.error
-        if self.error is None:
-            self._has_unread.clear()
-        self._n_to_read -= sum(output.finish_reason is not None for output in outputs)
-        for output in outputs:
-            if self.before_end and output.conversation is not None:
-                await self.before_end(output.conversation)
-        return outputs
-
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        while outputs := await self.read():
-            for output in outputs:
-                yield output
 
 
 class Observer(Protocol):
@@ -125,18 +53,25 @@ class Observer(Protocol):
 
 
 class AsyncEngine:
-    """Owns the engine's thread between `start` and `stop`. Everything else is called from one event loop."""
+    """Owns the engine's thread between `start` and `stop`. Everything else is called from one event loop.
+
+    info: what there is to know of the engine, which nobody else touches.
+    """
 
     def __init__(
         self, engine: LLMEngine, observer: Observer | None = None, stored: StoredPrefixes | None = None
     ) -> None:
-        self.engine, self._observer, self._stored = engine, observer, stored
+        self._engine, self._observer, self._stored = engine, observer, stored
+        self.info = EngineInfo.of(engine)
         self._grammars = GrammarCompiler(engine.tokenizer)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
         self._n_requests = self._n_open = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Their own: a grammar past its timeout goes on, and must not take a thread of sessions, templates and prompts.
+        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
+        self._draining = self._has_died = False
 
     def start(self) -> None:
         """To be called on the event loop that will read the outputs."""
@@ -146,7 +81,7 @@ class AsyncEngine:
     @property
     def is_alive(self) -> bool:
         """Whether there is a thread to generate."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._has_died
 
     @property
     def is_ready(self) -> bool:
@@ -157,11 +92,6 @@ class AsyncEngine:
     def num_requests(self) -> int:
         """Requests accepted and not yet let go by their readers."""
         return self._n_open
-
-    @property
-    def capacity(self) -> int:
-        """Requests that can be accepted at a time."""
-        return self.engine.pool.n_slots + self.engine.config.max_queue_length
 
     async def drain(self, timeout: float) -> None:
         """Take no more requests; return when all have ended, or after `timeout` seconds."""
@@ -176,11 +106,27 @@ class AsyncEngine:
         self._commands.put(None)
         self._thread.join()
 
+    def admit(self, n_requests: int = 1) -> Admission:
+        """Take places for requests, all or none, before anything is done for them: `with engine.admit() as admission`.
+
+        Raises OverloadedError if the queue has not as many, InvalidRequestError if it never has, ShuttingDownError,
+        and EngineDeadError if there is no thread to generate.
+        """
+        arrived_at = time.monotonic()
+        self._check_ready()
+        if n_requests > self.info.capacity:
+            raise InvalidRequestError(f"There must be at most {self.info.capacity} prompts, not {n_requests}.")
+        if self._n_requests + n_requests > self.info.capacity:
+            raise OverloadedError(f"The queue is full: {self._n_requests} requests run or wait already.")
+        self._n_requests += n_requests
+        return Admission(n_requests, arrived_at, self._give_back)
+
     async def submit(
         self,
         prompt: str | list[int],
         params: SamplingParams,
         *,
+        admission: Admission | None = None,
         add_special_tokens: bool = True,
         truncate: int | None = None,
         priority: int = 0,
@@ -191,36 +137,31 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue a request.
 
-        add_special_tokens: whether a text is preceded by the end-of-text token, as every text the model learned from
-        was; truncate: keep the last tokens of the prompt only; timeout in seconds; start, keep_conversation: as of
-        Request, whose prompt is the unread tokens of start and then `prompt`. Raises OverloadedError before any
-        work is done if the queue is full, ShuttingDownError, InvalidRequestError, and ModelError for bad text or
-        parameters. The stream must be closed, whatever happens.
+        admission: whose next place it takes, and from which its times count; without one it asks for a place itself,
+        before any work is done, and raises as `admit`; add_special_tokens: whether a text is preceded by the
+        end-of-text token, as every text the model learned from was; truncate: keep the last tokens of the prompt
+        only; timeout in seconds from arrival; start, keep_conversation: as of Request, whose prompt is the unread
+        tokens of start and then `prompt`. Raises InvalidRequestError, ModelError for bad text or parameters,
+        ShuttingDownError and EngineDeadError. The stream must be closed, whatever happens.
         """
-        self._check_ready()
-        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        if self._n_requests >= self.capacity:
-            raise OverloadedError(f"The queue is full: {self._n_requests} requests run or wait already.")
-        self._n_requests += 1
-        try:
+        with contextlib.nullcontext(admission) if admission else self.admit() as place:
             prompt_ids = await self.encode(prompt, add_special_tokens=add_special_tokens, truncate=truncate)
             request = Request(
                 request_id=uuid.uuid4().hex,
                 prompt_ids=[*start.unread_ids, *prompt_ids] if start else prompt_ids,
                 params=params,
                 priority=priority,
-                deadline=deadline,
+                deadline=math.inf if timeout is None else place.arrived_at + timeout,
                 cache_salt=cache_salt,
                 start=start,
                 keep_conversation=keep_conversation,
                 matcher=await self._compile(params.grammar) if params.grammar else None,
+                arrived_at=place.arrived_at,
             )
-            self.engine.check_request(request)
+            self._engine.check_request(request)
             prefix = await self._look_up(request)
             self._check_ready()  # again: the engine may have stopped while the prompt was tokenised
-        except BaseException:
-            self._n_requests -= 1
-            raise
+            place.take()
         self._n_open += 1
         stream = RequestStream(request, self._let_go)
         self._commands.put(lambda: self._add(request, stream, prefix))
@@ -230,7 +171,7 @@ class AsyncEngine:
         self, prompt: str | list[int], *, add_special_tokens: bool = True, truncate: int | None = None
     ) -> list[int]:
         """Token ids of a prompt, as `submit` reads it."""
-        tokenizer = self.engine.tokenizer
+        tokenizer = self.info.tokenizer
         if not isinstance(prompt, str):
             return prompt if truncate is None else prompt[-truncate:]
         long = len(prompt) > LONG_PROMPT
@@ -238,29 +179,37 @@ class AsyncEngine:
         kept = ids if truncate is None else ids[-truncate:]
         return tokenizer.with_start(kept) if add_special_tokens else kept
 
-    async def _look_up(self, request: Request) -> tuple[bytes, Prefix] | None:
-        """What the prompt can go on from and only the store has, and its key in the cache."""
+    async def _look_up(self, request: Request) -> Prefix | None:
+        """What the prompt can go on from and only the store has."""
         if self._stored is None or request.start is not None or request.params.prompt_logprobs is not None:
             return None
-        found = await asyncio.to_thread(self._stored.find, request.prompt_array, request.cache_salt)
+        beginning = self._engine.beginning(request)
+        found = await asyncio.to_thread(self._stored.find, request.prompt_array, beginning)
         if self._observer:
-            self._observer.on_look_up(request.num_prompt_tokens, found[1].length if found else 0)
+            self._observer.on_look_up(request.num_prompt_tokens, found.key.length if found else 0)
         return found
 
     async def _compile(self, grammar: Grammar) -> Matcher:
-        longest, timeout = self.engine.config.max_grammar_length, self.engine.config.grammar_timeout
+        longest, timeout = self._engine.config.max_grammar_length, self._engine.config.grammar_timeout
         if len(grammar.source) > longest:
             raise InvalidRequestError(
                 f"grammar must have at most {longest} characters here, not {len(grammar.source)}."
             )
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._grammars.compile, grammar), timeout)
+            loop = asyncio.get_running_loop()
+            compiling = loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
+            return await asyncio.wait_for(compiling, timeout)
         except TimeoutError as error:
             raise InvalidRequestError(f"grammar took more than the {timeout:g} seconds it may take here.") from error
 
     def _check_ready(self) -> None:
-        if not self.is_ready:
+        if self._draining:
             raise _shutting_down()
+        if not self.is_alive:
+            raise _dead()
+
+    def _give_back(self, n_places: int) -> None:
+        self._n_requests -= n_places
 
     def _let_go(self, stream: RequestStream) -> None:
         self._n_open -= 1
@@ -273,7 +222,7 @@ class AsyncEngine:
         """A request that the engine has done makes room for another, also if its reader is slow."""
         if stream.is_counted:
             stream.is_counted = False
-            self._n_requests -= 1
+            self._give_back(1)
 
     def _deliver(self, outputs: list[tuple[RequestStream, RequestOutput]], now: float) -> None:
         for stream, output in outputs:
@@ -286,14 +235,26 @@ class AsyncEngine:
     # The engine's thread
 
     def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception:
+            logger.critical("The engine has failed: nothing can be generated any more.", exc_info=True)
+            self._has_died = True
+            self._tell_all(_dead)
+            while (command := self._commands.get()) is not None:  # of requests that were on their way here
+                with contextlib.suppress(Exception):
+                    command()
+                self._tell_all(_dead)
+
+    def _step_until_stopped(self) -> None:
         while True:
-            while not self.engine.has_work or not self._commands.empty():
+            while not self._engine.has_work or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     return self._end_all(_shutting_down)
                 command()
             try:
-                outputs = self.engine.step()
+                outputs = self._engine.step()
             except Exception:
                 logger.exception("A step failed; every request ends with it.")
                 self._end_all(lambda: GenerationError("Generation failed in the server."))
@@ -302,26 +263,32 @@ class AsyncEngine:
 
     def _send(self, outputs: list[tuple[RequestStream, RequestOutput]]) -> None:
         """All outputs of a step in one call: waking up the event loop costs as much as a token."""
+        assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody will read
             self._loop.call_soon_threadsafe(self._deliver, outputs, time.monotonic())
 
-    def _add(self, request: Request, stream: RequestStream, prefix: tuple[bytes, Prefix] | None) -> None:
+    def _add(self, request: Request, stream: RequestStream, prefix: Prefix | None) -> None:
         self._streams[request.request_id] = stream
         if prefix:
-            self.engine.prefix_cache.insert(*prefix)
-        self.engine.add_request(request)
+            self._engine.prefix_cache.put(prefix)
+        self._engine.add_request(request)
 
     def _abort(self, request_id: str) -> None:
         if self._streams.pop(request_id, None):
-            self.engine.abort_request(request_id)
+            self._engine.abort_request(request_id)
 
     def _end_all(self, make_error: Callable[[], ServerError]) -> None:
+        for request_id in self._streams:
+            self._engine.abort_request(request_id)
+        self._tell_all(make_error)
+
+    def _tell_all(self, make_error: Callable[[], ServerError]) -> None:
         # An error of its own for each stream: raising one keeps its traceback in it.
-        outputs = []
-        for request_id, stream in self._streams.items():
-            self.engine.abort_request(request_id)
-            outputs.append((stream, RequestOutput(request_id, error=make_error())))
-        self._send(outputs)
+        self._send([(stream, RequestOutput(name, error=make_error())) for name, stream in self._streams.items()])
+
+
+def _dead() -> ServerError:
+    return EngineDeadError("The engine has failed, and generates nothing until the server is restarted.")
 
 
 def _shutting_down() -> ServerError:

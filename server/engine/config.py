@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.runner import Quantization
+from model.backends.native.matrices import FORMATS
 from server.errors import ConfigurationError
 from server.settings import MIB, check, setting
 
@@ -37,7 +37,9 @@ class EngineConfig:
     max_grammar_length: int = setting(2**16, "Characters of a JSON schema or regular expression.", at_least=1)
     grammar_timeout: float = setting(5.0, "Seconds in which a grammar must compile.", positive=True)
     batch_invariant: bool = setting(False, "Bitwise the same text in any batch; slower where no compiled kernels run.")
-    quantize: Quantization | None = setting(None, "Keep matrices in 8 bits; CPUs only.")
+    quantize: str | None = setting(
+        None, "Format that matrices are kept in, if not as they are stored; CPUs only.", choices=tuple(FORMATS)
+    )
 
     def __post_init__(self) -> None:
         check(self)

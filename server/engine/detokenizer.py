@@ -15,7 +15,7 @@ class Detokenizer:
 
     def __init__(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = [string for string in stop if string]
+        self._stop = tuple(stop)
         self._include_stop = include_stop
         self._pending = ""
         self.stopped_by: str | None = None

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.backends.choose import make_runner
 from model.checkpoint import fingerprint
-from model.runner import make_runner
+from model.language_model import LanguageModel
 from model.sampling import Sampler
-from model.state import AFTState
 from model.tokenizer import Tokenizer
-from model.transformer import AFTForCausalLM
 from server.engine.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
 from server.engine.conversation import Conversation
 from server.engine.detokenizer import Detokenizer
-from server.engine.prefix_cache import PrefixCache
+from server.engine.prefix_cache import Prefix, PrefixCache
 from server.engine.request import FinishReason, Request, RequestOutput, Sequence
 from server.engine.scheduler import Scheduler
-from server.engine.snapshot import Snapshot
+from server.engine.snapshot import KeyHash, Snapshot, StateFiles
 from server.engine.state_pool import StatePool
 from server.engine.token_processor import TokenProcessor, failure, prompt_logprobs
 from server.errors import ConfigurationError, InvalidRequestError, RequestTimeoutError, ServerError
@@ -39,7 +37,7 @@ class LLMEngine:
 
     def __init__(
         self,
-        model: AFTForCausalLM,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         *,
@@ -49,14 +47,22 @@ class LLMEngine:
         self.config = config or EngineConfig()
         self._clock = clock
         self.max_model_len = longest_sequence(self.config.max_model_len, model.config.context_limit)
+        self.model_config, self.num_parameters, self.device = model.config, model.num_parameters, model.device
         empty = model.init_state(1)
         n_slots = min(self.config.max_num_seqs, StatePool.slots_within(empty, self.config.state_memory))
         self.pool = StatePool(empty, n_slots)
-        self.runner = make_runner(model, self.pool.states, self.config.chunk_size, self.config.quantize)
-        self.model = self.runner.model
-        self.num_parameters = model.num_parameters
         self.fingerprint = fingerprint(model, self.config.quantize or "")
-        self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes, self.fingerprint)
+        self.state_files = StateFiles(self.fingerprint, empty, model.config.vocab_size, model.state_version)
+        self.runner = make_runner(
+            model,
+            self.pool.states,
+            self.config.chunk_size,
+            quantize=self.config.quantize,
+            batch_invariant=self.config.batch_invariant,
+        )
+        # Where decoding and reading round differently, the same bits need prompts that are always cut alike.
+        self._cuts_alike = self.config.batch_invariant and not self.runner.is_batch_invariant
+        self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes)
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(
             n_slots=n_slots,
@@ -64,16 +70,10 @@ class LLMEngine:
             max_num_batched_tokens=self.config.batched_tokens,
         )
         self._running: list[Sequence] = []
-        self._read_so_far: dict[Request, Snapshot] = {}  # after [0, num_computed_tokens) of prompts being read
 
     @property
     def has_work(self) -> bool:
         return bool(self._running or self.scheduler.num_reading or self.scheduler.num_waiting)
-
-    @property
-    def _pads(self) -> bool:
-        """Whether batches must always be full, and prompts always cut alike, to give the same bits."""
-        return self.config.batch_invariant and not self.runner.is_exact
 
     @property
     def num_running(self) -> int:
@@ -82,7 +82,7 @@ class LLMEngine:
 
     def check_request(self, request: Request) -> None:
         """Raises InvalidRequestError or SamplingError if the request can never run. May be called from any thread."""
-        params, vocab_size = request.params, self.model.config.vocab_size
+        params, vocab_size = request.params, self.model_config.vocab_size
         params.check_vocabulary(vocab_size)
         can_be_empty = request.start is not None and request.start.snapshot.logits is not None
         if not request.prompt_ids and not can_be_empty:
@@ -109,7 +109,7 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> None:
         """Drop a request wherever it is. Its slots are free at once."""
-        self._remove(lambda request: request.request_id == request_id)
+        self._remove([request for request in self._requests() if request.request_id == request_id])
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -129,57 +129,65 @@ class LLMEngine:
 
     def _expire(self) -> list[RequestOutput]:
         now = self._clock()
+        expired = [request for request in self._requests() if request.deadline <= now]
+        self._remove(expired)
         return [
             RequestOutput(request.request_id, error=RequestTimeoutError("The request was not done by its deadline."))
-            for request in self._remove(lambda request: request.deadline <= now)
+            for request in expired
         ]
 
-    # Reading prompts
+    def beginning(self, request: Request) -> KeyHash:
+        """What names the states that the request's prompt goes through. May be called from any thread."""
+        return KeyHash(request.start.snapshot.name if request.start else self.fingerprint, request.cache_salt)
 
     def _find_prefix(self, request: Request) -> None:
         """Go on from the longest cached prefix. Log-probabilities of the prompt need all of it read."""
+        request.read_key, request.read_state = self.beginning(request), None
+        if request.start is not None:
+            request.read_state = request.start.snapshot
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs.append(None)
-        if request.start is not None:
-            self._read_so_far[request] = request.start.snapshot
-        if request.start is not None or request.params.prompt_logprobs is not None:
             return
-        multiple_of = self.config.chunk_size if self._pads else 1
-        n_cached, snapshot = self.prefix_cache.match(request.prompt_array, request.cache_salt, multiple_of)
-        if snapshot is not None:
-            request.num_computed_tokens = request.num_cached_tokens = n_cached
-            self._read_so_far[request] = snapshot
+        multiple_of = self.config.chunk_size if self._cuts_alike else 1
+        prefix = self.prefix_cache.match(request.prompt_array, request.read_key, multiple_of)
+        if prefix is not None:
+            request.num_computed_tokens = request.num_cached_tokens = prefix.key.length
+            request.read_key.read(request.prompt_array[: prefix.key.length])
+            request.read_state = prefix.snapshot
 
     def _read(self, request: Request, end: int) -> list[RequestOutput]:
         """Read the prompt up to token `end`; if that is all of it, the texts start."""
-        start, before = request.num_computed_tokens, self._read_so_far.pop(request, None)
-        if start < end:
-            after = self._read_chunk(request, start, end, before.state if before else None)
-            request.num_computed_tokens = end
-            self._remember(request, request.prompt_array[:end], after)
-        else:
-            assert before is not None
-            after = before
+        if request.num_computed_tokens < end:
+            self._read_chunk(request, end)
         if end < request.num_prompt_tokens:
-            self._read_so_far[request] = after
             return []
-        return self._start_texts(request, after)
+        assert request.read_state is not None
+        return self._start_texts(request, request.read_state)
 
-    def _read_chunk(self, request: Request, start: int, end: int, state: AFTState | None) -> Snapshot:
-        hidden, state = self.runner.read(request.prompt_ids[start:end], state)
-        n_top = request.params.prompt_logprobs
+    def _read_chunk(self, request: Request, end: int) -> None:
+        start, before = request.num_computed_tokens, request.read_state
+        n_top, n_tokens = request.params.prompt_logprobs, end - start
+        is_all = end == request.num_prompt_tokens
+        n_logits = n_tokens if n_top is not None else int(is_all)
+        ids = request.prompt_ids[start:end]
+        logits, state = self.runner.read(ids, before.state if before else None, n_logits)
+        logits = logits.cpu()
         if n_top is not None:
             following = request.prompt_ids[start + 1 : end + 1]
-            logits = self.model.logits(hidden[: len(following)]).cpu()
-            request.prompt_logprobs += prompt_logprobs(logits, following, n_top)
-        is_all = end == request.num_prompt_tokens
-        return Snapshot(state, self.model.logits(hidden[-1]).cpu() if is_all else None)
+            request.prompt_logprobs += prompt_logprobs(logits[: len(following)], following, n_top)
+        key = request.read_key.read(request.prompt_array[start:end]).key
+        request.num_computed_tokens = end
+        request.read_state = Snapshot(state, logits[-1].clone() if is_all else None, key.name)
+        if self.config.prefix_cache_bytes:
+            # What follows a conversation is found in memory only: a store is asked for prompts.
+            self.prefix_cache.put(Prefix(key, request.read_state, is_lasting=request.start is None))
 
     def _start_texts(self, request: Request, prompt: Snapshot) -> list[RequestOutput]:
         """Fork the state after the prompt for every text, and choose the first token of each."""
         n = request.params.n_generated
         sequences = [self._new_sequence(request, index) for index in range(n)]
         self.scheduler.finish_reading(request)
+        request.read_state = None
         if request.params.max_tokens == 0:
             self.scheduler.free_slots(n)
             after = Conversation(prompt) if request.keep_conversation else None
@@ -193,41 +201,35 @@ class LLMEngine:
         return self._advance(first_row, prompt.logits.expand(n, -1))
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
-        params = request.params
+        params, matcher = request.params, request.matcher.copy() if request.matcher else None
         return Sequence(
             request,
             index,
-            Sampler(params, request.prompt_ids, self.model.config.vocab_size, self.tokenizer.end_of_text_id, index),
+            Sampler(params, request.prompt_ids, self.tokenizer, index, first=[matcher] if matcher else []),
             Detokenizer(params.stop, include_stop=params.include_stop),
-            request.matcher.copy() if request.matcher else None,
+            matcher,
         )
 
-    # Decoding
-
     def _decode(self) -> list[RequestOutput]:
-        n_rows = self.pool.n_slots if self._pads else self.num_running
-        last_ids = [sequence.token_ids[-1] for sequence in self._running]
-        last_ids += [0] * (n_rows - self.num_running)
-        logits = self.runner.step_(last_ids)
-        self.pool.rewind_free()
-        return self._advance(0, logits[: self.num_running].cpu())
+        logits = self.runner.step_([sequence.token_ids[-1] for sequence in self._running])
+        return self._advance(0, logits.cpu())
 
     def _advance(self, first_row: int, logits: Tensor) -> list[RequestOutput]:
         """Choose a token for each running text from `first_row` on, by logits [R, V], and let go those that end."""
         outputs = self._processor.process(self._running[first_row:], logits)
-        failed: dict[str, RequestOutput] = {}
+        failed: dict[Request, RequestOutput] = {}
         for i in reversed(range(len(outputs))):  # removing a row moves the last one: rows before it stay
             output, sequence = outputs[i], self._running[first_row + i]
             if output.error is not None:
-                failed[output.request_id] = output
+                failed[sequence.request] = output
             elif output.finish_reason is not None:
                 outputs[i] = self._keep(output, sequence, first_row + i, logits[i])
                 self._release(first_row + i)
-        for output in failed.values():
-            self._remove(lambda request, failed=output.request_id: request.request_id == failed)  # type: ignore[misc]
-        return [output for output in outputs if output.request_id not in failed] + list(failed.values())
-
-    # Ends
+        if not failed:
+            return outputs
+        self._remove(failed)
+        ended = {request.request_id for request in failed}
+        return [output for output in outputs if output.request_id not in ended] + list(failed.values())
 
     def _release(self, row: int) -> None:
         """Give up the row and the slot of a running text; the last row takes its place."""
@@ -237,44 +239,36 @@ class LLMEngine:
             self._running[row] = last
         self.scheduler.free_slots(1)
 
-    def _remove(self, should_go: Callable[[Request], bool]) -> list[Request]:
+    def _requests(self) -> Iterator[Request]:
+        """All that have not ended, each once."""
+        yield from self.scheduler.requests()
+        yield from dict.fromkeys(sequence.request for sequence in self._running)
+
+    def _remove(self, requests: Collection[Request]) -> None:
         """Drop requests wherever they are."""
-        removed = self.scheduler.remove(should_go)
-        for request in removed:
-            self._read_so_far.pop(request, None)
+        self.scheduler.remove(requests)
+        for request in requests:
+            request.read_state = None
         for row in reversed(range(self.num_running)):
-            request = self._running[row].request
-            if should_go(request):
+            if self._running[row].request in requests:
                 self._release(row)
-                if request not in removed:
-                    removed.append(request)
-        return removed
 
     def _fail(self, request: Request, error: ServerError) -> RequestOutput:
-        self._remove(lambda other: other is request)
+        self._remove([request])
         return RequestOutput(request.request_id, error=error)
-
-    # The prefix cache
-
-    def _caches(self, request: Request) -> bool:
-        """Keys are of all tokens from the first: those of a conversation are not known."""
-        return bool(self.config.prefix_cache_bytes) and request.start is None
-
-    def _remember(self, request: Request, token_ids: Items[int], snapshot: Snapshot) -> None:
-        if self._caches(request):
-            self.prefix_cache.put(token_ids, snapshot, request.cache_salt)
 
     def _keep(self, output: RequestOutput, sequence: Sequence, row: int, logits: Tensor) -> RequestOutput:
         """At the end of a text: a next turn goes on from here. The last token was chosen, but not read."""
         request, (*read, last) = sequence.request, sequence.token_ids
-        # Where decoding and reading round differently, a batch-invariant engine must not go on from a decoded state.
-        is_cached = bool(read) and self._caches(request) and not self._pads
+        # A turn of a conversation is gone on from by the conversation; a batch-invariant engine, where decoding and
+        # reading round differently, must not go on from a decoded state.
+        is_cached = bool(read and self.config.prefix_cache_bytes) and request.start is None and not self._cuts_alike
         if not (is_cached or request.keep_conversation):
             return output
-        snapshot = Snapshot(self.pool.snapshot(row), logits.clone())
-        if is_cached:
-            ids = request.prompt_array + array("i", read)
-            self.prefix_cache.put(ids, snapshot, request.cache_salt, is_generated=True)
+        key = request.read_key.copy().read(array("i", read)).key
+        snapshot = Snapshot(self.pool.snapshot(row), logits.clone(), key.name)
+        if is_cached:  # at a length that no later prompt is looked for at in a store
+            self.prefix_cache.put(Prefix(key, snapshot, is_lasting=False))
         if not request.keep_conversation:
             return output
         # The end of a text is no part of a conversation that goes on.

@@ -2,123 +2,112 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from server.engine.snapshot import Snapshot
+from server.engine.snapshot import SEGMENT, Key, KeyHash, Snapshot
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A snapshot after `length` tokens; is_generated: the last of them were generated, not given."""
+    """A snapshot and its key. is_lasting: a later prompt may be looked for at its length, so a store may keep it."""
 
-    length: int
+    key: Key
     snapshot: Snapshot
-    is_generated: bool = False
+    is_lasting: bool = True
 
 
 class PrefixCache:
-    """Snapshots by token ids, least recently used out first, within a budget of bytes.
+    """Snapshots by their names, least recently used out first, within a budget of bytes.
 
-    A state cannot be rolled back, so a prefix is found only where a snapshot was taken. Keys are digests of the token
-    ids, of the model's fingerprint and of a salt; requests see only snapshots of their own salt. Long sequences of ids
-    are hashed fastest as array("i"). on_evict: told, with its key, of each prefix that the budget puts out.
+    A state cannot be rolled back, so a prefix is found only where a snapshot was taken. Requests find only snapshots
+    of their own beginning and salt. on_evict: told of each prefix that the budget puts out.
     """
 
-    def __init__(self, max_bytes: int, fingerprint: bytes = b"") -> None:
-        self.max_bytes, self._fingerprint = max_bytes, fingerprint
-        self.on_evict: Callable[[bytes, Prefix], None] | None = None
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.on_evict: Callable[[Prefix], None] | None = None
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
-        self._lengths: Counter[int] = Counter()
+        # Lengths of prefixes by the segment that they end in: only those are hashed that a prompt may have.
+        self._lengths: defaultdict[bytes, Counter[int]] = defaultdict(Counter)
         self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._prefixes)
 
-    def __iter__(self) -> Iterator[tuple[bytes, Prefix]]:
-        """Keys and prefixes, least recently used first."""
-        return iter(self._prefixes.items())
+    def __iter__(self) -> Iterator[Prefix]:
+        """Least recently used first."""
+        return iter(self._prefixes.values())
 
-    def put(self, token_ids: Sequence[int], snapshot: Snapshot, salt: str = "", *, is_generated: bool = False) -> None:
-        """Keep the snapshot after `token_ids`, unless it alone exceeds the budget. It must not be modified later."""
-        if token_ids:
-            (key,) = self._digests(token_ids, [len(token_ids)], salt)
-            self.insert(key, Prefix(len(token_ids), snapshot, is_generated))
-
-    def insert(self, key: bytes, prefix: Prefix) -> None:
-        """`put`, of a key that `longer_than_cached` gave."""
-        if prefix.snapshot.nbytes > self.max_bytes:
+    def put(self, prefix: Prefix) -> None:
+        """Keep a snapshot, unless it alone exceeds the budget. It must not be modified later."""
+        key, snapshot = prefix.key, prefix.snapshot
+        if snapshot.nbytes > self.max_bytes or not key.length:
             return
-        if key in self._prefixes and prefix.snapshot.logits is None:  # the one there is as good, or better
-            self._prefixes.move_to_end(key)
+        if key.name in self._prefixes and snapshot.logits is None:  # the one there is as good, or better
+            self._prefixes.move_to_end(key.name)
             return
-        self._drop(key)
-        self._prefixes[key] = prefix
-        self._lengths[prefix.length] += 1
-        self.nbytes += prefix.snapshot.nbytes
+        self._drop(key.name)
+        self._prefixes[key.name] = prefix
+        self._lengths[key.segment][key.length] += 1
+        self.nbytes += snapshot.nbytes
         while self.nbytes > self.max_bytes:
-            oldest = next(iter(self._prefixes))
-            evicted = self._drop(oldest)
+            evicted = self._drop(next(iter(self._prefixes)))
             if evicted and self.on_evict:
-                self.on_evict(oldest, evicted)
+                self.on_evict(evicted)
 
-    def match(self, token_ids: Sequence[int], salt: str = "", multiple_of: int = 1) -> tuple[int, Snapshot | None]:
-        """The longest prefix with a snapshot from which `token_ids` can go on, as (length, snapshot) or (0, None).
+    def match(self, token_ids: array[int], beginning: KeyHash, multiple_of: int = 1) -> Prefix | None:
+        """The longest prefix from which `token_ids`, read after `beginning`, can go on.
 
         All of `token_ids` match only a snapshot with logits; shorter prefixes must be a multiple of `multiple_of`.
         """
-        n_tokens = len(token_ids)
-        lengths = sorted(n for n in self._lengths if n == n_tokens or (n < n_tokens and n % multiple_of == 0))
-        for key in reversed(self._digests(token_ids, lengths, salt)):
-            prefix = self._prefixes.get(key)
-            if prefix is not None and (prefix.length < n_tokens or prefix.snapshot.logits is not None):
-                self._prefixes.move_to_end(key)
-                return prefix.length, prefix.snapshot
-        return 0, None
+        n_tokens, key, passed = len(token_ids), beginning.copy(), []
+        for start in range(0, n_tokens, SEGMENT):
+            if lengths := self._lengths.get(key.name):
+                passed.append((start, key.copy(), lengths))
+            key.read(token_ids[start : start + SEGMENT])
+        for start, key, lengths in reversed(passed):
+            found = None
+            for length in sorted(lengths):
+                if length == n_tokens or (length < n_tokens and length % multiple_of == 0):
+                    key.read(token_ids[start:length])
+                    start = length
+                    found = self._usable(key.name, n_tokens) or found
+            if found:
+                self._prefixes.move_to_end(found.key.name)
+                return found
+        return None
 
-    def longer_than_cached(self, token_ids: Sequence[int], salt: str, multiple_of: int) -> list[tuple[int, bytes]]:
-        """(length, key) of prefixes, longest first, down to the first that is here: all of the tokens, and multiples.
+    def longer_than_cached(self, token_ids: array[int], beginning: KeyHash, multiple_of: int) -> list[Key]:
+        """Keys of prefixes, longest first, down to the first that is here: all of the tokens, and multiples.
 
         May be called from any thread.
         """
-        n_tokens = len(token_ids)
-        lengths = [*range(multiple_of, n_tokens, multiple_of), n_tokens]
-        wanted: list[tuple[int, bytes]] = []
-        for length, key in zip(reversed(lengths), reversed(self._digests(token_ids, lengths, salt)), strict=True):
-            prefix = self._prefixes.get(key)
-            if prefix is not None and (length < n_tokens or prefix.snapshot.logits is not None):
+        n_tokens, key = len(token_ids), beginning.copy()
+        parts = (token_ids[start : start + multiple_of] for start in range(0, n_tokens, multiple_of))
+        keys = [key.read(part).key for part in parts]
+        wanted: list[Key] = []
+        for candidate in reversed(keys):
+            if self._usable(candidate.name, n_tokens):
                 break
-            wanted.append((length, key))
+            wanted.append(candidate)
         return wanted
 
-    def __contains__(self, token_ids: Sequence[int]) -> bool:
-        return self._digests(token_ids, [len(token_ids)], "")[0] in self._prefixes
+    def _usable(self, name: bytes, n_tokens: int) -> Prefix | None:
+        prefix = self._prefixes.get(name)
+        can_go_on = prefix is not None and (prefix.key.length < n_tokens or prefix.snapshot.logits is not None)
+        return prefix if can_go_on else None
 
-    def clear(self) -> None:
-        self._prefixes.clear()
-        self._lengths.clear()
-        self.nbytes = 0
-
-    def _drop(self, key: bytes) -> Prefix | None:
-        prefix = self._prefixes.pop(key, None)
+    def _drop(self, name: bytes) -> Prefix | None:
+        prefix = self._prefixes.pop(name, None)
         if prefix is not None:
             self.nbytes -= prefix.snapshot.nbytes
-            self._lengths[prefix.length] -= 1
-            if not self._lengths[prefix.length]:
-                del self._lengths[prefix.length]
+            lengths = self._lengths[prefix.key.segment]
+            lengths[prefix.key.length] -= 1
+            if not lengths[prefix.key.length]:
+                del lengths[prefix.key.length]
+            if not lengths:
+                del self._lengths[prefix.key.segment]
         return prefix
-
-    def _digests(self, token_ids: Sequence[int], lengths: Sequence[int], salt: str) -> list[bytes]:
-        """The key of each prefix, for rising lengths; the tokens are hashed once for all of them."""
-        ids = memoryview(token_ids if isinstance(token_ids, array) else array("i", token_ids))
-        person = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).digest()
-        running = hashlib.blake2b(self._fingerprint, digest_size=16, person=person)
-        keys, start = [], 0
-        for length in lengths:
-            running.update(ids[start:length])
-            keys.append(running.copy().digest())
-            start = length
-        return keys

@@ -8,24 +8,21 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal
 
 from model.sampling import Sampler, SamplingParams
 from server.engine.conversation import Conversation
 from server.engine.detokenizer import Detokenizer
+from server.engine.snapshot import KeyHash, Snapshot
 from server.engine.structured_output import Matcher
 from server.errors import ServerError
 
 
 class FinishReason(StrEnum):
-    LENGTH = "length"
-    END_OF_TEXT = "eos_token"
-    STOP_SEQUENCE = "stop_sequence"
+    """Why a text ended: it has as many tokens as were asked for; its own end; a stop string or a stop token."""
 
-    @property
-    def openai_name(self) -> Literal["length", "stop"]:
-        """What OpenAI's contract and vLLM's metrics call it."""
-        return "length" if self is FinishReason.LENGTH else "stop"
+    LENGTH = "length"
+    END_OF_TEXT = "end_of_text"
+    STOP_SEQUENCE = "stop"
 
 
 TopLogprobs = tuple[tuple[int, float], ...]  # token id and log-probability, most likely first
@@ -93,7 +90,10 @@ class Request:
     start        the conversation that the prompt goes on from; prompt_ids begin with its unread tokens
     keep_conversation  whether each text's end brings what it leaves behind
     matcher      compiled from params.grammar; each text goes on from a copy
-    arrived_at, admitted_at  time.monotonic() at which it was made, and got its slots
+    arrived_at, admitted_at  time.monotonic() at which it was asked for, before anything was done for it, and got its
+                             slots
+
+    read_state, read_key     the state after them, while the prompt is being read, and what names it
 
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
     """
@@ -107,11 +107,13 @@ class Request:
     start: Conversation | None = None
     keep_conversation: bool = False
     matcher: Matcher | None = None
-    arrived_at: float = field(default_factory=time.monotonic, init=False)
+    arrived_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = field(default=None, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, init=False)
+    read_state: Snapshot | None = field(default=None, init=False)
+    read_key: KeyHash = field(init=False)
 
     @cached_property
     def prompt_array(self) -> array[int]:

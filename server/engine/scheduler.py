@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 
 from server.engine.request import Request
 
@@ -67,13 +67,15 @@ class Scheduler:
         self.n_free_slots += n_slots
         assert self.n_free_slots <= self.n_slots
 
-    def remove(self, should_go: Callable[[Request], bool]) -> list[Request]:
-        """Take out waiting and reading requests; frees the slots of those that had some."""
-        leaving = [entry[2] for entry in self._waiting if should_go(entry[2])]
-        self._waiting = [entry for entry in self._waiting if not should_go(entry[2])]
+    def requests(self) -> Iterator[Request]:
+        """All that wait or read."""
+        yield from (entry[2] for entry in self._waiting)
+        yield from self._reading
+
+    def remove(self, requests: Collection[Request]) -> None:
+        """Take out those that wait or read; frees the slots of those that had some."""
+        self._waiting = [entry for entry in self._waiting if entry[2] not in requests]
         heapq.heapify(self._waiting)
-        for request in [request for request in self._reading if should_go(request)]:
+        for request in [request for request in self._reading if request in requests]:
             self._reading.remove(request)
             self.free_slots(request.params.n_generated)
-            leaving.append(request)
-        return leaving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.state import AFTState
+from model.state import State
 from server.errors import ConfigurationError
 
 
@@ -13,14 +13,14 @@ class StatePool:
     into the one that it frees.
     """
 
-    def __init__(self, empty: AFTState, n_slots: int) -> None:
+    def __init__(self, empty: State, n_slots: int) -> None:
         """empty: the state of one sequence before its first token."""
         self.n_slots, self._empty = n_slots, empty
-        self.states = AFTState.concatenate([empty] * n_slots)
+        self.states = State.concatenate([empty] * n_slots)
         self._n_used = 0
 
     @staticmethod
-    def slots_within(empty: AFTState, max_bytes: int) -> int:
+    def slots_within(empty: State, max_bytes: int) -> int:
         """How many slots fit into a memory budget. Raises ConfigurationError if not even one does."""
         n_slots = max_bytes // empty.nbytes
         if n_slots < 1:
@@ -36,7 +36,7 @@ class StatePool:
     def nbytes(self) -> int:
         return self.states.nbytes
 
-    def append(self, state: AFTState) -> int:
+    def append(self, state: State) -> int:
         """Copy the state of one sequence in; returns its row."""
         assert self._n_used < self.n_slots, "a sequence was admitted without a slot"
         row = self._n_used
@@ -53,14 +53,10 @@ class StatePool:
         self.write(self._empty, last)
         self._n_used = last
 
-    def write(self, states: AFTState, row: int = 0) -> None:
+    def write(self, states: State, row: int = 0) -> None:
         """Overwrite the rows from `row` on with a batch of states."""
         self.states.select(slice(row, row + states.batch_size)).copy_(states)
 
-    def rewind_free(self) -> None:
-        """Rows not in use are at position 0, however often they were stepped, and within any model's reach."""
-        self.states.position[self._n_used :] = 0
-
-    def snapshot(self, row: int) -> AFTState:
+    def snapshot(self, row: int) -> State:
         """A copy of one row."""
         return self.states.select(slice(row, row + 1)).clone()

@@ -8,6 +8,7 @@ and because it needs neither a Hugging Face tokenizer nor a compiler.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ JSON_FORMAT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator
 
 
 class Matcher:
-    """Where a text stands in its grammar."""
+    """Where a text stands in its grammar: a `model.sampling.Step`."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -46,7 +47,11 @@ class Matcher:
         self._check()
         return allowed
 
-    def accept(self, token_id: int) -> None:
+    def adjust(self, logits: Tensor) -> None:
+        """Take from logits [V] the tokens that may not follow. Raises as `allowed`."""
+        logits[~self.allowed()] = -math.inf
+
+    def observe(self, token_id: int) -> None:
         """Go on by one token. Raises GenerationError if the grammar has failed."""
         self._matcher.consume_token(token_id)
         self._check()

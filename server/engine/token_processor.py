@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.sampling import SamplingError, sample
+from model.sampling import sample
 from model.tokenizer import Tokenizer
 from server.engine.request import FinishReason, PromptLogprob, RequestOutput, Sequence, TokenOutput, TopLogprobs
 from server.errors import GenerationError, ServerError
@@ -33,9 +33,8 @@ class TokenProcessor:
             for row, total in enumerate(normalizers.tolist())
             if not math.isfinite(total)
         }
-        allowed = self._allowed(sequences, logits, errors)
         good = [row for row in range(len(sequences)) if row not in errors]
-        chosen = sample(allowed if not errors else allowed[good], [sequences[row].sampler for row in good])
+        chosen = sample(logits if not errors else logits[good], [sequences[row].sampler for row in good])
         token_ids = dict(zip(good, chosen, strict=True))
         # A row without a token looks up token 0, and throws that away.
         column = [i if isinstance(i := token_ids.get(row), int) else 0 for row in range(len(sequences))]
@@ -43,8 +42,8 @@ class TokenProcessor:
         outputs = []
         for row, sequence in enumerate(sequences):
             error, token_id = errors.get(row), token_ids.get(row)
-            if isinstance(token_id, SamplingError):
-                error = GenerationError(str(token_id))
+            if isinstance(token_id, Exception):
+                error = failure(token_id)
             elif token_id is not None:
                 n_top = sequence.request.params.logprobs
                 top = None if n_top is None else top_logprobs(logits[row] - normalizers[row], n_top)
@@ -55,21 +54,6 @@ class TokenProcessor:
                     error = failure(problem)
             outputs.append(RequestOutput(sequence.request.request_id, sequence.index, error=error))
         return outputs
-
-    def _allowed(self, sequences: Rows[Sequence], logits: Tensor, errors: dict[int, ServerError]) -> Tensor:
-        """The logits under each sequence's grammar; records the rows that fail."""
-        constrained = [row for row, sequence in enumerate(sequences) if sequence.matcher and row not in errors]
-        if not constrained:
-            return logits
-        logits = logits.clone()
-        for row in constrained:
-            matcher = sequences[row].matcher
-            assert matcher is not None
-            try:
-                logits[row, ~matcher.allowed()] = -math.inf
-            except Exception as problem:
-                errors[row] = failure(problem)
-        return logits
 
     def _output(self, sequence: Sequence, token_id: int, logprob: float, top: TopLogprobs | None) -> RequestOutput:
         text, special, reason = self._read(sequence, token_id)
@@ -91,8 +75,6 @@ class TokenProcessor:
         token_bytes = self.tokenizer.token_bytes[token_id]
         text = detokenizer.append(token_bytes)
         reason: FinishReason | None = None
-        if sequence.matcher:
-            sequence.matcher.accept(token_id)
         if detokenizer.stopped_by is not None:
             return text, False, FinishReason.STOP_SEQUENCE
         if sequence.matcher and sequence.matcher.is_complete:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from server.engine import Conversation, LLMEngine
+from server.engine import Conversation, StateFiles
 from server.errors import BusySessionError, NotFoundError, QuotaError
-from server.sessions.store import Session, SessionStore
 from server.settings import check, setting
+from server.stores import Session, SessionStore
 
 EMPTY = b""  # the conversation of a session without turns
 
@@ -31,29 +31,31 @@ class SessionsConfig:
 
 
 class Sessions:
-    """All methods but `close` are called on one event loop; the store works in threads. owner: who asks."""
+    """All methods but `close` are called on one event loop; the store works in threads. owner: who asks.
+
+    files: how the states of the model are written.
+    """
 
     def __init__(
         self,
         store: SessionStore,
-        engine: LLMEngine,
+        files: StateFiles,
         config: SessionsConfig | None = None,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store, self.config, self._clock = store, config or SessionsConfig(), clock
-        self._fingerprint, self._vocab_size = engine.fingerprint, engine.model.config.vocab_size
-        self._empty = engine.model.init_state(1)
+        self._files = files
         self._busy: set[str] = set()
 
     async def create(self, owner: str) -> Session:
         """A session without turns. Raises QuotaError if the owner has too many."""
-        return await self._add(owner, 0, 0, EMPTY)
+        return (await self._add(owner, 0, 0, EMPTY))[0]
 
-    async def fork(self, session_id: str, owner: str) -> Session:
-        """A new session with the conversation of another. Raises NotFoundError and QuotaError."""
+    async def fork(self, session_id: str, owner: str, n: int = 1) -> Sequence[Session]:
+        """n new sessions with the conversation of another, or none. Raises NotFoundError and QuotaError."""
         session, data = await self._load(session_id, owner)
-        return await self._add(owner, session.turn, session.num_tokens, data)
+        return await self._add(owner, session.turn, session.num_tokens, data, n)
 
     async def get(self, session_id: str, owner: str) -> Session:
         """Raises NotFoundError."""
@@ -77,7 +79,7 @@ class Sessions:
     async def import_(self, data: bytes, owner: str) -> Session:
         """A new session from such a file. Raises InvalidConversationError and QuotaError."""
         conversation = await asyncio.to_thread(self._parse, data)
-        return await self._add(owner, 1, conversation.num_tokens, data)
+        return (await self._add(owner, 1, conversation.num_tokens, data))[0]
 
     async def begin_turn(self, session_id: str, owner: str) -> Turn:
         """Raises NotFoundError, and BusySessionError while another turn is under way."""
@@ -102,20 +104,23 @@ class Sessions:
             used_at=now,
             expires_at=now + self.config.session_ttl,
         )
-        data = await asyncio.to_thread(conversation.to_bytes, self._fingerprint)
+        data = await asyncio.to_thread(self._files.write, conversation.snapshot, conversation.unread_ids)
         if not await asyncio.to_thread(self.store.commit, following, data):
             raise BusySessionError(f"Session {session.session_id} was changed or deleted during this turn.")
 
     def release(self, session_id: str) -> None:
         self._busy.discard(session_id)
 
-    async def _add(self, owner: str, turn: int, num_tokens: int, data: bytes) -> Session:
-        now = self._clock()
+    async def _add(self, owner: str, turn: int, num_tokens: int, data: bytes, n: int = 1) -> Sequence[Session]:
+        now, most = self._clock(), self.config.max_sessions
         await asyncio.to_thread(self.store.remove_expired, now)
-        session = Session(uuid.uuid4().hex, owner, turn, num_tokens, now, now, now + self.config.session_ttl)
-        if not await asyncio.to_thread(self.store.create, session, data, self.config.max_sessions):
-            raise QuotaError(f"There are {self.config.max_sessions} sessions already, as many as are allowed.")
-        return session
+        end = now + self.config.session_ttl
+        added = [Session(uuid.uuid4().hex, owner, turn, num_tokens, now, now, end) for _ in range(n)]
+        if not await asyncio.to_thread(self.store.create, added, data, most):
+            if n == 1:
+                raise QuotaError(f"There are {most} sessions already, as many as are allowed.")
+            raise QuotaError(f"{n} more would make more than the {most} sessions that are allowed.")
+        return added
 
     async def _load(self, session_id: str, owner: str) -> tuple[Session, bytes]:
         found = await asyncio.to_thread(self.store.load, session_id, owner, self._clock())
@@ -124,7 +129,7 @@ class Sessions:
         return found
 
     def _parse(self, data: bytes) -> Conversation:
-        return Conversation.from_bytes(data, self._fingerprint, self._empty, self._vocab_size)
+        return Conversation(*self._files.read(data))
 
 
 class Turn:

@@ -33,22 +33,27 @@ class Server:
 
     def __enter__(self) -> Self:
         self._log_file = tempfile.TemporaryFile("w+")
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            self._log_file.close()
+            raise
         return self
 
     def start(self) -> None:
         """Again, after `kill`."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._environment}
         self.process = subprocess.Popen(self._command, env=environment, stderr=self._log_file)
-        deadline = time.monotonic() + 120  # Ray takes half a minute where cores are shared
+        deadline = time.monotonic() + 600  # Ray takes minutes where cores are shared
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server ended by itself: {self.read_log()}"
             try:
-                if httpx2.get(f"{self.url}/ready").status_code == 200:
+                if httpx2.get(f"{self.url}/ready", timeout=60).status_code == 200:
                     return
             except httpx2.TransportError:
                 time.sleep(0.05)
-        raise TimeoutError(f"{self.url}/ready gave no 200 within two minutes")
+        raise TimeoutError(f"{self.url}/ready gave no 200 within ten minutes: {self.read_log()}")
 
     def kill(self) -> None:
         self.process.kill()

@@ -21,7 +21,7 @@ from tests.e2e.conftest import Server
 def aft(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "server", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
 def test_mistakes_are_a_sentence(tmp_path: Path, checkpoint: Path) -> None:
@@ -64,8 +64,10 @@ def test_settings_come_from_flags_variables_and_files(checkpoint: Path, tmp_path
     (tmp_path / "keys").write_text("one\n\n two \n")
     variables = {"AFT_MODEL": str(checkpoint), "AFT_API_KEY_FILE": str(tmp_path / "keys"), "AFT_LOG_FORMAT": "json"}
     with Server("--max-model-len", "77", AFT_MAX_MODEL_LEN="66", AFT_SERVED_MODEL_NAME="tiny", **variables) as server:
-        assert httpx2.get(f"{server.url}/info").status_code == 401
-        info = httpx2.get(f"{server.url}/info", headers={"Authorization": "Bearer two", "x-request-id": "r"}).json()
+        assert httpx2.get(f"{server.url}/info", timeout=60).status_code == 401
+        info = httpx2.get(
+            f"{server.url}/info", headers={"Authorization": "Bearer two", "x-request-id": "r"}, timeout=60
+        ).json()
         assert (info["model_id"], info["max_total_tokens"]) == ("tiny", 77)  # a flag wins
     lines = [json.loads(line) for line in server.log.splitlines()]
     (line,) = [line for line in lines if line.get("request_id") == "r"]
@@ -75,7 +77,7 @@ def test_settings_come_from_flags_variables_and_files(checkpoint: Path, tmp_path
 def test_generate_writes_what_the_server_would(checkpoint: Path, bundled_url: str) -> None:
     done = aft("generate", "Once upon a time", "--max-tokens", "30", "--seed", "3", "--temperature", "0.7")
     body = {"prompt": "Once upon a time", "max_tokens": 30, "seed": 3, "temperature": 0.7, "echo": True}
-    answer = httpx2.post(f"{bundled_url}/v1/completions", json=body).json()
+    answer = httpx2.post(f"{bundled_url}/v1/completions", json=body, timeout=60).json()
     assert done.stdout == answer["choices"][0]["text"] + "\n"
     refused = aft("generate", "a", "--top-p", "0", "--model", str(checkpoint))
     assert refused.stderr == "error: top_p must be above 0 and at most 1, not 0.0.\n"

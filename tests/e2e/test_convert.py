@@ -29,10 +29,10 @@ def test_a_converted_model_is_served(tmp_path: Path) -> None:
         torch.tensor([prompt]), max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0
     )
     with Server("--model", str(tmp_path / "ours"), "--quantize", "int8") as server:
-        assert httpx2.get(f"{server.url}/ready").status_code == 200
+        assert httpx2.get(f"{server.url}/ready", timeout=60).status_code == 200
     with Server("--model", str(tmp_path / "ours")) as server:
         body = {"prompt": "The fox and the bird", "max_tokens": 16, "temperature": 0, "return_token_ids": True}
-        answer = httpx2.post(f"{server.url}/v1/completions", json={**body, "ignore_eos": True}).json()
+        answer = httpx2.post(f"{server.url}/v1/completions", json={**body, "ignore_eos": True}, timeout=60).json()
         assert answer["choices"][0]["token_ids"] == expected[0, len(prompt) :].tolist()
-        told = httpx2.post(f"{server.url}/tokenize", json={"prompt": "The fox and the bird"}).json()
+        told = httpx2.post(f"{server.url}/tokenize", json={"prompt": "The fox and the bird"}, timeout=60).json()
         assert told["tokens"] == prompt

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -46,10 +47,10 @@ def export(client: httpx2.Client, session_id: str) -> bytes:
     return client.get(f"/sessions/{session_id}/export").raise_for_status().content
 
 
-def talk_until_it_fails(url: str, talk: Talk, seed: int) -> int:
-    """Turn after turn; returns how many were answered."""
+def talk_until_it_fails(url: str, talk: Talk, seed: int, answered: threading.Event) -> int:
+    """Turn after turn; returns how many were answered, and tells of the first at once."""
     chance, n_answered = random.Random(seed), 0
-    with httpx2.Client(base_url=url, timeout=30) as client:
+    with httpx2.Client(base_url=url, timeout=60) as client:
         while True:
             talk.inputs, talk.answer = " " + " ".join(chance.choices(WORDS, k=chance.randint(1, 5))), None
             try:
@@ -57,6 +58,7 @@ def talk_until_it_fails(url: str, talk: Talk, seed: int) -> int:
                 assert response.status_code in (200, 503), response.text
                 talk.answer = response.raise_for_status().json()["generated_text"]
                 n_answered += 1
+                answered.set()
                 talk.file = export(client, talk.session_id)
             except httpx2.HTTPError:
                 return n_answered
@@ -104,17 +106,24 @@ def test_kill_9_loses_no_answered_turn(kind: str, tmp_path: Path, request: pytes
         store = redis.url if redis else str(tmp_path / "store.sqlite")
         # Batch-invariant, so that a turn that is taken again gives the same bits.
         options = ["--store", store, "--batch-invariant", "--max-num-seqs", str(N_CLIENTS)]
-        with Server(*options) as server, ThreadPoolExecutor(N_CLIENTS) as pool, httpx2.Client(timeout=30) as client:
+        with Server(*options) as server, ThreadPoolExecutor(N_CLIENTS) as pool, httpx2.Client(timeout=60) as client:
             client.base_url = httpx2.URL(server.url)
             talks = [Talk(client.post("/sessions").json()["session_id"]) for _ in range(N_CLIENTS)]
             killed: list[list[Server | RedisServer]] = [[server], [redis], [server, redis]] if redis else [[server]]
             for i in range(n_kills):
-                running = [pool.submit(talk_until_it_fails, server.url, talk, chance.getrandbits(32)) for talk in talks]
-                time.sleep(chance.uniform(0.1, 1.5))
+                answered = threading.Event()
+                seeds = [chance.getrandbits(32) for _ in talks]
+                running = [
+                    pool.submit(talk_until_it_fails, server.url, talk, seed, answered)
+                    for talk, seed in zip(talks, seeds, strict=True)
+                ]
+                assert answered.wait(60), "no turn was answered within a minute"
+                time.sleep(chance.uniform(0, 1.5))
                 for victim in killed[i % len(killed)]:
                     victim.kill()
                 n_answered += sum(talking.result() for talking in running)
                 for victim in reversed(killed[i % len(killed)]):
                     victim.start()
                 n_unanswered += sum([check(client, talk) for talk in talks])
+    assert n_answered >= n_kills
     print(f"\n{kind}: {n_kills} kills, {n_answered} turns answered, none lost; {n_unanswered} stored and not answered")

@@ -75,7 +75,9 @@ def test_a_model_trained_as_told_is_served(folder: Path, bundled_url: str) -> No
     if not (folder / "runs" / "mine").exists():
         run(training, folder, bundled_url)
     with Server("--model", str(folder / "runs" / "mine")) as server:
-        answer = httpx2.post(f"{server.url}/generate", json={"inputs": "The", "parameters": {"max_new_tokens": 3}})
+        answer = httpx2.post(
+            f"{server.url}/generate", json={"inputs": "The", "parameters": {"max_new_tokens": 3}}, timeout=60
+        )
         assert answer.status_code == 200
 
 

@@ -33,7 +33,7 @@ pytestmark = [needs_redis, pytest.mark.skipif(importlib.util.find_spec("ray") is
 
 N_SESSIONS = 16
 SAID = ["The fox", " and the bird", " sat in the sun", " and then", " One day", " The end"]
-DRAIN_SECONDS = 3.0
+DRAIN_SECONDS = 15.0  # within which the test must see that they drain
 ENDLESS = {"max_new_tokens": 10**6, "grammar": {"type": "regex", "value": "[a-z]{900000}"}}
 
 
@@ -111,7 +111,7 @@ def headers_of_two_replicas(client: httpx2.Client) -> list[str]:
 def test_of_two_turns_at_two_replicas_the_first_to_end_is_kept(client: httpx2.Client) -> None:
     session = new_session(client)
     here, there = headers_of_two_replicas(client)
-    body = {"inputs": "The fox", "parameters": {**ENDLESS, "max_new_tokens": 300}, "session_id": session}
+    body = {"inputs": "The fox", "parameters": {**ENDLESS, "max_new_tokens": 4000}, "session_id": session}
     with client.stream("POST", "/generate_stream", json=body, headers={"x-session-id": here}) as slow:
         events = (json.loads(line.removeprefix("data:")) for line in slow.iter_lines() if line)
         assert "token" in next(events)
@@ -127,9 +127,9 @@ def test_of_two_turns_at_two_replicas_the_first_to_end_is_kept(client: httpx2.Cl
 
 
 def test_more_than_the_replicas_take_is_refused(server: Server, client: httpx2.Client) -> None:
-    body = {"inputs": "The fox", "parameters": {**ENDLESS, "max_new_tokens": 200}}
-    with ThreadPoolExecutor(60) as pool:
-        answers = list(pool.map(lambda _: httpx2.post(f"{server.url}/generate", json=body, timeout=60), range(60)))
+    body = {"inputs": "The fox", "parameters": {**ENDLESS, "max_new_tokens": 1000}}
+    with ThreadPoolExecutor(60) as pool, httpx2.Client(base_url=server.url, timeout=600) as many:
+        answers = list(pool.map(lambda _: many.post("/generate", json=body), range(60)))
     n_answers = Counter(answer.status_code for answer in answers)
     assert set(n_answers) == {200, 429}
     assert n_answers[200] >= 16  # both replicas full
@@ -142,11 +142,15 @@ def test_a_killed_replica_loses_no_turn(
 ) -> None:
     sessions = [new_session(client) for _ in range(N_SESSIONS)]
     failed: list[str] = []
-    begun = threading.Barrier(N_SESSIONS + 1, timeout=60)
+    begun, killed = threading.Semaphore(0), threading.Event()
 
     def converse(i: int) -> None:
         """Retries as a client should: it asks first whether the turn was kept."""
         for j, text in enumerate(expected[i]):
+            if j == len(SAID) - 1:
+                assert killed.wait(600)
+            if j > 0:
+                begun.release()
             while True:
                 try:
                     answer = turn(client, sessions[i], i, j)
@@ -160,14 +164,13 @@ def test_a_killed_replica_loses_no_turn(
                 except httpx2.TransportError as error:
                     failed.append(repr(error))
                 time.sleep(0.1)
-            if j == 0:
-                begun.wait()
 
     with ThreadPoolExecutor(N_SESSIONS) as pool:
         conversations = [pool.submit(converse, i) for i in range(N_SESSIONS)]
-        begun.wait()
-        time.sleep(0.1)  # by now second turns are under way
+        for _ in range(N_SESSIONS + 1):  # all sent their second turn, or some have even got an answer to it
+            assert begun.acquire(timeout=600)
         os.kill(pid_of_a_replica(server), signal.SIGKILL)
+        killed.set()
         for conversation in conversations:
             conversation.result()
     assert failed  # those that the replica was at
@@ -175,7 +178,7 @@ def test_a_killed_replica_loses_no_turn(
     print(f"{len(failed)} requests failed: {Counter(failed)}")
     turns = [client.get(f"/sessions/{name}").json()["turns"] for name in sessions]
     assert turns == [len(SAID)] * N_SESSIONS
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len({replica_of(client, f"s{i}") for i in range(16)}) < 2:  # until Ray has replaced it
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -187,29 +190,33 @@ def pid_of_a_replica(server: Server) -> int:
 
 def test_sigterm_drains_every_replica(server: Server, client: httpx2.Client) -> None:
     body = {"inputs": "The fox", "parameters": ENDLESS}
-    started = threading.Barrier(3)
+    started, refused = threading.Barrier(3), threading.Event()
 
-    def last_event(header: str) -> dict[str, Any]:
+    def last_event(header: str) -> tuple[dict[str, Any], int]:
+        """And how many tokens came after new requests were refused."""
+        n_after = 0
         with client.stream("POST", "/generate_stream", json=body, headers={"x-session-id": header}) as stream:
             lines = (line for line in stream.iter_lines() if line)
             assert '"token"' in next(lines)
             started.wait()
-            *_, last = lines
-        event: dict[str, Any] = json.loads(last.removeprefix("data:"))
-        return event
+            for last in lines:
+                n_after += refused.is_set() and '"token"' in last
+        return json.loads(last.removeprefix("data:")), n_after
 
     with ThreadPoolExecutor(2) as pool:
         streams = [pool.submit(last_event, header) for header in headers_of_two_replicas(client)]
         started.wait()
-        since = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
         while client.get("/ready").status_code == 200:
-            assert time.monotonic() - since < DRAIN_SECONDS
+            assert time.monotonic() < deadline
         assert client.post("/generate", json={"inputs": "The fox"}).status_code == 503
+        refused.set()
         for stream in streams:
-            assert stream.result()["error"] == "The server is shutting down."
-    assert time.monotonic() - since >= DRAIN_SECONDS
-    assert server.process.wait(timeout=30) == 0
+            event, n_after = stream.result()
+            assert event["error"] == "The server is shutting down."
+            assert n_after > 0
+    assert server.process.wait(timeout=60) == 0
 
 
 def test_replicas_that_do_not_start_say_why(tmp_path: Path) -> None:

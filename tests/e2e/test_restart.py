@@ -22,8 +22,8 @@ def test_a_prompt_is_not_read_again_after_a_restart(kind: str, checkpoint: Path,
         answers: list[dict[str, Any]] = []
         for _ in range(2):
             with Server("--model", str(checkpoint), "--store", store, AFT_PREFIX_STORE="16") as server:
-                answers.append(httpx2.post(f"{server.url}/v1/completions", json=BODY, timeout=30).json())
-                metrics = httpx2.get(f"{server.url}/metrics").text
+                answers.append(httpx2.post(f"{server.url}/v1/completions", json=BODY, timeout=60).json())
+                metrics = httpx2.get(f"{server.url}/metrics", timeout=60).text
             assert " WARNING " not in server.log
     before, after = answers
     n_prompt = before["usage"]["prompt_tokens"]

@@ -33,43 +33,65 @@ def events(url: str, started: threading.Barrier, **parameters: Any) -> list[dict
     return [json.loads(line.removeprefix("data:")) for line in received]
 
 
+def read_until(left: threading.Event, url: str, started: threading.Barrier) -> None:
+    """A stream without an end, until its client leaves."""
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 10**6, "grammar": ENDLESS_GRAMMAR}}
+    with httpx2.stream("POST", f"{url}/generate_stream", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        started.wait()
+        for _ in lines:
+            if left.is_set():
+                return
+    raise AssertionError("the stream has ended")
+
+
 @pytest.fixture
 def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     with Server("--model", str(checkpoint), "--drain-timeout", request.param) as server:
         yield server
 
 
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    found = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return bool(int(found[1], 16) >> (number - 1) & 1)
+
+
 def test_before_it_serves_a_server_can_be_stopped(checkpoint: Path) -> None:
     """Also as the first process of a container, for which no signal has a default."""
     process = subprocess.Popen([sys.executable, "-m", "server", "serve", "--model", str(checkpoint), "--port", "0"])
-    handled, deadline = re.compile(r"SigCgt:\s*(\w+)"), time.monotonic() + 10
-    while time.monotonic() < deadline:
-        found = handled.search(Path(f"/proc/{process.pid}/status").read_text())
-        assert found is not None
-        if int(found[1], 16) >> (signal.SIGTERM - 1) & 1:
-            break
+    deadline = time.monotonic() + 60
+    while not handles(process.pid, signal.SIGTERM):
+        assert time.monotonic() < deadline
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("server", ["60"], indirect=True)
+@pytest.mark.parametrize("server", ["600"], indirect=True)
 def test_running_streams_end_and_new_requests_get_503(server: Server) -> None:
-    started = threading.Barrier(N_STREAMS + 1)
+    started, left = threading.Barrier(N_STREAMS + 2), threading.Event()
     parameters = {"max_new_tokens": 1500, "grammar": ENDLESS_GRAMMAR}
-    with ThreadPoolExecutor(N_STREAMS) as pool:
+    with ThreadPoolExecutor(N_STREAMS + 1) as pool:
         streams = [pool.submit(events, server.url, started, **parameters) for _ in range(N_STREAMS)]
-        started.wait()
-        server.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 5
-        while httpx2.get(f"{server.url}/ready").status_code == 200:
-            assert time.monotonic() < deadline
-        refused = httpx2.post(f"{server.url}/generate", json={"inputs": "The fox"})
-        assert refused.status_code == 503
-        assert refused.json() == {"error": "The server is shutting down.", "error_type": "overloaded"}
-        assert "retry-after" in refused.headers
+        last = pool.submit(read_until, left, server.url, started)  # until it has left, the server cannot end
+        try:
+            started.wait()
+            server.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 60
+            while httpx2.get(f"{server.url}/ready", timeout=60).status_code == 200:
+                assert time.monotonic() < deadline
+            refused = httpx2.post(f"{server.url}/generate", json={"inputs": "The fox"}, timeout=60)
+            assert refused.status_code == 503
+            assert refused.json() == {"error": "The server is shutting down.", "error_type": "overloaded"}
+            assert "retry-after" in refused.headers
+        finally:
+            left.set()
+        last.result()
         for stream in streams:
             assert len(stream.result()) == 1500
-    assert server.process.wait(timeout=10) == 0
+    assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize("server", ["0.5"], indirect=True)
@@ -84,4 +106,4 @@ def test_past_the_deadline_each_stream_ends_with_an_error_event(server: Server) 
             *tokens, last = stream.result()
             assert all("token" in event for event in tokens)
             assert last == {"error": "The server is shutting down.", "error_type": "overloaded"}
-    assert server.process.wait(timeout=10) == 0
+    assert server.process.wait(timeout=60) == 0

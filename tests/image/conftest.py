@@ -52,14 +52,14 @@ class Container:
         self.name = engine("run", "--detach", *self._options, TAG).strip()
         self.url = "http://" + engine("port", self.name, self._port).split()[0]
         deadline = time.monotonic() + 120
-        while not self._is_ready():
+        while not self.is_ready():
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.2)
         return self
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
         try:
-            return httpx2.get(f"{self.url}/ready").status_code == 200
+            return httpx2.get(f"{self.url}/ready", timeout=60).status_code == 200
         except httpx2.TransportError:
             return False
 

@@ -5,15 +5,17 @@ import json
 
 import pytest
 
-from model import AFTConfig
+from model import AFTConfig, RWKV4Config
 from model.errors import ConfigError
+from model.families import config_from_dict
 from tests.conftest import VARIANTS, tiny_config
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trips_through_json(variant: str) -> None:
-    config = tiny_config(variant, position_embeddings=True)  # type: ignore[arg-type]
-    assert AFTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = tiny_config(variant, tie_embeddings=False)
+    fields = {"model_type": config.family, **config.to_dict()}
+    assert config_from_dict(json.loads(json.dumps(fields))) == config
 
 
 def test_is_frozen() -> None:
@@ -42,7 +44,7 @@ def test_is_frozen() -> None:
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{field} must be .*, not {value!r}\.$"):
-        tiny_config(**{field: value})  # type: ignore[arg-type]
+        tiny_config(**{field: value})
 
 
 def test_local_window_fits_the_positions() -> None:
@@ -57,6 +59,25 @@ def test_unknown_and_missing_fields_are_refused_by_name() -> None:
     del fields["d_model"]
     with pytest.raises(ConfigError, match="'d_model' is missing"):
         AFTConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("field", ["window", "n_head", "position_embeddings", "variant"])
+def test_a_field_of_another_family_is_refused_by_name(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"Unknown configuration field '{field}'"):
+        RWKV4Config.from_dict(tiny_config("rwkv4").to_dict() | {field: 1})
+
+
+def test_an_unknown_family_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="\"model_type\" must be one of aft, rwkv4, not 'gpt2'"):
+        config_from_dict({"model_type": "gpt2"})
+
+
+def test_what_version_0_2_called_a_variant_of_aft_is_its_family() -> None:
+    fields = {"model_type": "aft", "variant": "rwkv4", "vocab_size": 400, "d_model": 16, "n_layer": 2, "d_ff": 32}
+    old = {**fields, "n_head": 1, "window": 32, "d_bias": 32, "max_positions": 1024, "position_embeddings": False}
+    assert config_from_dict(old) == tiny_config("rwkv4")
+    with pytest.raises(ConfigError, match="position_embeddings must be false"):
+        config_from_dict({**old, "position_embeddings": True})
 
 
 def test_feed_forward_width_defaults_to_four_times_the_model() -> None:
@@ -74,4 +95,4 @@ def test_feed_forward_width_defaults_to_four_times_the_model() -> None:
     ],
 )
 def test_context_is_bounded_only_where_positions_are_learned(changes: dict[str, object], limit: int | None) -> None:
-    assert tiny_config(**changes).context_limit == limit  # type: ignore[arg-type]
+    assert tiny_config(**changes).context_limit == limit

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
+import copy
+import gc
 import logging
-import os
-import subprocess
-import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,15 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.config import Variant
+from model import LanguageModel, State
+from model.backends.base import Runner
+from model.backends.choose import make_runner
+from model.backends.cuda import CUDARunner
+from model.backends.eager import EagerRunner
+from model.backends.native.compiler import library
+from model.backends.native.matrices import FORMATS
+from model.backends.native.program import NativeRunner
 from model.errors import ConfigError, ContextLengthError
-from model.native import NativeRunner, PackedLinear, library
-from model.native.library import SOURCE
-from model.native.linear import _pages
-from model.runner import CUDAGraphRunner, TorchRunner, make_runner
-from model.state import AFTState
-from tests.conftest import VARIANTS, random_model, tiny_config
-from tests.model.test_transformer import assert_states_close, token_ids
+from model.families.aft import FactorisedBias
+from tests.conftest import VARIANTS, Variant, random_model, tiny_config
+from tests.model.test_language_model import WITH_AND_WITHOUT_POSITIONS, assert_states_close, token_ids
 
 N_SLOTS = 3
 
@@ -35,23 +37,31 @@ def _fresh_library() -> Iterator[None]:
     library.cache_clear()
 
 
-def slots(model: torch.nn.Module) -> AFTState:
-    return AFTState.concatenate([model.init_state(1)] * N_SLOTS)  # type: ignore[operator]
+def slots(model: LanguageModel) -> State:
+    return model.init_state(N_SLOTS)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("position_embeddings", [False, True])
+def read_all(runner: Runner, ids: list[int], state: State | None = None) -> tuple[Tensor, State]:
+    """The logits after each token."""
+    return runner.read(ids, state, len(ids))
+
+
+@pytest.mark.parametrize(("variant", "position_embeddings"), WITH_AND_WITHOUT_POSITIONS)
 @torch.inference_mode()
 def test_reading_and_stepping_equal_the_model(variant: Variant, position_embeddings: bool) -> None:
     """More keys than a kernel takes at a time, widths that are no multiple of a vector."""
-    config = tiny_config(variant, d_model=90, n_head=3, d_ff=70, position_embeddings=position_embeddings)
+    positions = {"position_embeddings": True} if position_embeddings else {}
+    config = tiny_config(variant, d_model=90, n_head=3, d_ff=70, **positions)
     model = random_model(config, std=0.15)
     tokens = token_ids(N_SLOTS, 60)
     expected, expected_state = model(tokens)
     states = slots(model)
-    for runner in (make_runner(model, states, 64), TorchRunner(model, slots(model))):
-        hidden, state = runner.read(tokens[0].tolist(), None)
-        torch.testing.assert_close(runner.model.logits(hidden), expected[0], rtol=1e-4, atol=1e-4)
+    for runner in (make_runner(model, states, 64), EagerRunner(model, slots(model))):
+        logits, state = read_all(runner, tokens[0].tolist())
+        torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-4)
+        last, _ = runner.read(tokens[0].tolist(), None, 1)
+        assert torch.equal(last[0], logits[-1])
+        assert runner.read([1, 2], None)[0].shape == (0, 400)
         assert_states_close(state, expected_state.select(slice(0, 1)))
         for t in range(60):
             logits = runner.step_(tokens[:, t].tolist())
@@ -65,27 +75,25 @@ def test_kernels_give_the_same_bits_in_any_batch_and_for_any_cut(variant: Varian
     model = random_model(tiny_config(variant))
     states = slots(model)
     runner = make_runner(model, states, 64)
-    assert runner.is_exact
+    assert runner.is_batch_invariant
     ids = token_ids(1, 50)[0].tolist()
-    whole, after = runner.read(ids, None)
-    whole = whole.clone()
+    whole, after = read_all(runner, ids)
 
     @settings(max_examples=10)
     @given(st.sets(st.integers(1, 49), max_size=4).map(sorted))
     def check(cuts: list[int]) -> None:
         state, outputs = None, []
         for start, end in zip([0, *cuts], [*cuts, 50], strict=True):
-            hidden, state = runner.read(ids[start:end], state)
-            outputs.append(hidden.clone())
+            logits, state = read_all(runner, ids[start:end], state)
+            outputs.append(logits)
         assert torch.equal(torch.cat(outputs), whole)
         assert state is not None
         assert all(map(torch.equal, state.tensors(), after.tensors()))
 
     check()
-    expected = runner.model.logits(whole)
     for t, token_id in enumerate(ids):
         logits = runner.step_([7, token_id, 300] if t % 3 else [7, token_id])
-        assert torch.equal(logits[1], expected[t])
+        assert torch.equal(logits[1], whole[t])
     second = states.select(slice(1, 2))
     assert all(map(torch.equal, second.tensors(), after.tensors()))
 
@@ -100,7 +108,7 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads(variant: Variant) -
     def outputs(n_threads: int) -> Tensor:
         torch.set_num_threads(n_threads)
         runner = make_runner(model, slots(model), 64)
-        read = [runner.model.logits(runner.read(ids, None)[0]) for _ in range(20)]
+        read = [read_all(runner, ids)[0] for _ in range(20)]
         stepped = [runner.step_([token_id, 7]).clone() for token_id in ids]
         return torch.cat([*read, *stepped])
 
@@ -123,27 +131,41 @@ def test_a_state_that_was_read_is_a_copy() -> None:
     assert all(map(torch.equal, state.tensors(), before.tensors()))
 
 
-@torch.inference_mode()
-def test_int8_rounds_weights_and_nothing_else() -> None:
-    kernels = library()
-    assert kernels is not None
-    weight, bias, x = torch.randn(77, 130), torch.randn(77), torch.randn(5, 130)
-    packed = PackedLinear(weight, bias, kernels, int8=True)
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    rounded = (weight / scale).round() * scale
-    torch.testing.assert_close(packed(x), torch.nn.functional.linear(x, rounded, bias), rtol=1e-5, atol=1e-4)
-    assert packed.panels.dtype == torch.int8
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
 def test_a_quantised_model_predicts_nearly_the_same(variant: Variant) -> None:
     model = random_model(tiny_config(variant, d_model=64, d_ff=128), std=0.1)
-    runner = make_runner(model, slots(model), 64, "int8")
+    runner = make_runner(model, slots(model), 64, quantize="int8")
     tokens = token_ids(1, 40)
-    hidden, _ = runner.read(tokens[0].tolist(), None)
-    expected, actual = model(tokens)[0][0].softmax(-1), runner.model.logits(hidden).softmax(-1)
+    logits, _ = read_all(runner, tokens[0].tolist())
+    expected, actual = model(tokens)[0][0].softmax(-1), logits.softmax(-1)
     assert 0 < (expected - actual).abs().sum(-1).max() < 0.05
+
+
+@torch.inference_mode()
+def test_a_model_may_be_quantised_to_any_format() -> None:
+    model = random_model(tiny_config(tie_embeddings=False), std=0.1)
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):  # not the embedding, which is read row by row
+            module.weight.data = module.weight.bfloat16().float()
+
+    def logits(model: LanguageModel, quantize: str | None) -> Tensor:
+        return read_all(make_runner(model, slots(model), 64, quantize=quantize), [1, 2, 3])[0]
+
+    assert torch.equal(logits(model, "bfloat16"), logits(rounded, "float32"))
+    assert not torch.equal(logits(model, "bfloat16"), logits(model, None))
+    with pytest.raises(ConfigError, match=f"quantize must be one of {', '.join(FORMATS)}, not 'int3'"):
+        logits(model, "int3")
+
+
+@torch.inference_mode()
+def test_matrices_that_a_family_calls_fine_keep_their_digits() -> None:
+    model = random_model(tiny_config(tie_embeddings=False))
+    plain, _ = read_all(make_runner(model, slots(model), 64), [1, 2, 3])
+    with mock.patch.object(type(model), "is_fine", return_value=True):
+        fine, _ = read_all(make_runner(model, slots(model), 64, quantize="int8"), [1, 2, 3])
+    assert torch.equal(fine, plain)
 
 
 @pytest.mark.parametrize("variant", ["local", "full"])
@@ -164,16 +186,27 @@ def test_bfloat16_checkpoints_are_computed_in_float32() -> None:
     """From half the bytes, and to the same bits."""
     model = random_model(tiny_config(dtype="bfloat16", d_ff=77))
     runner = make_runner(model, slots(model), 64)
-    hidden, _ = runner.read([1, 2, 3], None)
-    assert hidden.dtype == torch.float32
-    assert {module.panels.dtype for module in runner.model.modules() if isinstance(module, PackedLinear)} == {
-        torch.bfloat16
-    }
-    assert runner.model.embedding.weight.dtype == torch.bfloat16
-    found, _ = runner.model(torch.tensor([[1, 2, 3]]))
-    in_float32 = make_runner(model.float(), slots(model), 64)
-    assert torch.equal(in_float32.read([1, 2, 3], None)[0], hidden)
-    torch.testing.assert_close(found, model(torch.tensor([[1, 2, 3]]))[0])
+    assert isinstance(runner, NativeRunner)
+    logits, _ = read_all(runner, [1, 2, 3])
+    assert logits.dtype == torch.float32
+    in_bfloat16 = runner.weight_bytes
+    model.float()
+    runner = make_runner(model, slots(model), 64)
+    assert isinstance(runner, NativeRunner)
+    assert torch.equal(read_all(runner, [1, 2, 3])[0], logits)
+    assert runner.weight_bytes == 2 * in_bfloat16
+    torch.testing.assert_close(logits, model(torch.tensor([[1, 2, 3]]))[0][0])
+
+
+@torch.inference_mode()
+def test_a_runner_does_not_keep_the_matrices_that_it_packed() -> None:
+    model = random_model(tiny_config(tie_embeddings=False))
+    weights = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    runner = make_runner(model, slots(model), 64)
+    del model
+    gc.collect()
+    assert not any(weight() for weight in weights)
+    assert runner.step_([1]).shape == (1, 400)
 
 
 @pytest.mark.usefixtures("_fresh_library")
@@ -184,51 +217,40 @@ def test_without_a_compiler_pytorch_runs_the_model(
     model = random_model(tiny_config())
     with caplog.at_level(logging.WARNING):
         runner = make_runner(model, slots(model), 64)
-    assert isinstance(runner, TorchRunner)
+    assert isinstance(runner, EagerRunner)
     assert "Decoding without compiled kernels" in caplog.text
     with pytest.raises(ConfigError, match="quantize needs the compiled kernels"):
-        make_runner(model, slots(model), 64, "int8")
-
-
-@pytest.mark.usefixtures("_fresh_library")
-def test_a_library_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for _ in range(2):
-        library.cache_clear()
-        assert library() is not None
-        (kept,) = (tmp_path / "aft").iterdir()
-    assert kept.suffix == ".so"
-
-
-@pytest.mark.usefixtures("_fresh_library")
-def test_a_user_without_a_home_has_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    with mock.patch("pathlib.Path.home", side_effect=RuntimeError("Could not determine home directory.")):
-        assert library() is not None
-
-
-def test_a_linux_without_huge_pages_has_kernels_too() -> None:
-    with mock.patch("model.native.linear.mmap.mmap") as pages:
-        pages.return_value.madvise.side_effect = OSError(22, "Invalid argument")
-        assert _pages(4096) is pages.return_value
-
-
-def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
-    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nsleep 0.3\nexec cc "$@"\n')
-    compiler.chmod(0o755)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CC": str(compiler)}
-    command = [sys.executable, str(SOURCE.with_name("library.py"))]
-    for process in [subprocess.Popen(command, env=environment) for _ in range(3)]:
-        assert process.wait() == 0
-    assert len(calls.read_text()) == 1
-    (kept,) = (tmp_path / "aft").iterdir()
-    assert kept.suffix == ".so"
+        make_runner(model, slots(model), 64, quantize="int8")
 
 
 def test_a_model_on_another_device_is_left_to_pytorch() -> None:
+    kernels = library()
+    assert kernels is not None
     with torch.device("meta"):
-        assert not NativeRunner.supports(random_model(tiny_config()))
+        assert not NativeRunner.supports(random_model(tiny_config()), kernels)
+
+
+def test_a_recurrence_without_a_kernel_is_left_to_pytorch() -> None:
+    kernels, model = library(), random_model(tiny_config("local"))
+    assert kernels is not None
+    assert NativeRunner.supports(model, kernels)
+    with mock.patch.object(FactorisedBias, "functions", ("aft", "unknown")):
+        assert not NativeRunner.supports(model, kernels)
+    with mock.patch.object(FactorisedBias, "functions", ()):
+        assert isinstance(make_runner(model, slots(model), 64), EagerRunner)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_padded_steps_give_the_same_bits_in_any_batch(variant: Variant) -> None:
+    """Free rows stay within reach of a model that knows so many positions only."""
+    positions = {} if variant == "rwkv4" else {"position_embeddings": True, "max_positions": 12}
+    model = random_model(tiny_config(variant, **positions))
+    alone, together = (EagerRunner(model, slots(model), pads=True) for _ in range(2))
+    for token_id in range(12):
+        first, second = alone.step_([token_id]), together.step_([token_id, 7, 9])
+        assert first.shape == (1, 400)
+        assert torch.equal(first[0], second[0])
 
 
 @pytest.mark.cuda
@@ -242,7 +264,7 @@ def test_captured_steps_equal_the_model(variant: Variant) -> None:
     expected, _ = model(tokens)
     on_cuda = model.cuda()
     runner = make_runner(on_cuda, slots(on_cuda), 64)
-    assert isinstance(runner, CUDAGraphRunner)
+    assert isinstance(runner, CUDARunner)
     for t in range(40):
         n_rows = N_SLOTS if t < 20 else 1
         logits = runner.step_(tokens[:n_rows, t].tolist()).cpu()

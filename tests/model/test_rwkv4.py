@@ -15,14 +15,16 @@ from jinja2 import Template
 from torch import Tensor
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from model import AFTForCausalLM, AFTState, load_checkpoint, save_checkpoint
-from model.convert import AUTHOR_BY_TRANSFORMERS, convert
+from model import LanguageModel, load_checkpoint, save_checkpoint
+from model.backends.choose import make_runner
+from model.backends.eager import EagerRunner
+from model.convert import convert
 from model.errors import CheckpointError, TokenizationError
+from model.families.rwkv4 import AUTHOR_BY_TRANSFORMERS
 from model.generate import generate
-from model.runner import TorchRunner, make_runner
 from model.sampling import GREEDY
 from model.tokenizer import HuggingFaceTokenizer
-from tests.conftest import byte_level_tokenizer, random_model, tiny_config
+from tests.conftest import Ids, byte_level_tokenizer, random_model, tiny_config
 from tests.model.test_tokenizer import WORLD_VOCABULARY
 
 # Width, blocks, inner width, tied embeddings.
@@ -64,7 +66,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def converted(model: RwkvForCausalLM, tokenizer_file: Path, folder: Path) -> AFTForCausalLM:
+def converted(model: RwkvForCausalLM, tokenizer_file: Path, folder: Path) -> LanguageModel:
     model.save_pretrained(folder / "theirs")
     convert(folder / "theirs", folder / "ours", tokenizer_file)
     return load_checkpoint(folder / "ours")[0]
@@ -93,11 +95,11 @@ def test_logits_equal_those_of_transformers(
     stepped = ours.init_state(2)
     for t in range(150):
         assert relative_error(ours.step_(ids[:, t], stepped), expected[:, t]) < 1e-4
-    slots = AFTState.concatenate([ours.init_state(1)] * 2)
+    slots = ours.init_state(2)
     runner = make_runner(ours, slots, 256)
-    assert runner.is_exact
-    hidden, _ = runner.read(ids[0].tolist(), None)
-    assert relative_error(runner.model.logits(hidden), expected[0]) < 1e-4
+    assert runner.is_batch_invariant
+    logits, _ = runner.read(ids[0].tolist(), None, 150)
+    assert relative_error(logits, expected[0]) < 1e-4
 
 
 @torch.inference_mode()
@@ -109,7 +111,7 @@ def test_generated_tokens_are_those_of_transformers(tokenizer_file: Path, tmp_pa
         torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
     )
     params = dataclasses.replace(GREEDY, max_tokens=n, ignore_eos=True)
-    assert list(generate(ours, prompt, params, 0)) == expected[0, 3:].tolist()
+    assert list(generate(ours, prompt, params, Ids(ours.config.vocab_size, 0))) == expected[0, 3:].tolist()
 
 
 @torch.inference_mode()
@@ -119,11 +121,10 @@ def test_a_state_carried_over_10000_tokens_equals_that_of_transformers(tokenizer
     ids = torch.randint(VOCAB_SIZE, (1, 10_000), generator=torch.Generator().manual_seed(0))
     expected = model(ids, use_cache=True)
     _, state = ours(ids[:, :-100])
-    slots = AFTState.concatenate([ours.init_state(1)])
-    runner = make_runner(ours, slots, 10_000)
-    for reader in (runner, TorchRunner(ours, slots)):
-        hidden, _ = reader.read(ids[0].tolist(), None)
-        assert relative_error(reader.model.logits(hidden[-1]), expected.logits[0, -1]) < 1e-4
+    slots = ours.init_state(1)
+    for reader in (make_runner(ours, slots, 10_000), EagerRunner(ours, slots)):
+        logits, _ = reader.read(ids[0].tolist(), None, 1)
+        assert relative_error(logits[0], expected.logits[0, -1]) < 1e-4
     for t in range(9_900, 10_000):
         logits = ours.step_(ids[:, t], state)
     assert relative_error(logits, expected.logits[:, -1]) < 1e-4
@@ -214,8 +215,8 @@ def test_no_pickle_is_executed(tokenizer_file: Path, tmp_path: Path) -> None:
         ({"blocks.0.att.time_decay": torch.ones(2, 16)}, None),
         ({"blocks.0.att.time_decay": torch.ones(2, 15)}, "bias.time_decay' is"),
         ({"blocks.0.att.time_decay": torch.full((32,), float("nan"))}, "holds NaN"),
-        ({"blocks.0.att.time_mix_v": torch.zeros(1, 1, 31)}, "is not an RWKV-4 model"),
-        ({"blocks.0.ffn.key.weight": torch.tensor(1.0)}, "is not an RWKV-4 model"),
+        ({"blocks.0.att.time_mix_v": torch.zeros(1, 1, 31)}, "is not a model of rwkv4"),
+        ({"blocks.0.ffn.key.weight": torch.tensor(1.0)}, "is not a model of rwkv4"),
     ],
 )
 def test_other_tensors_are_refused_by_name(

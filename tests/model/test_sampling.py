@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.sampling import GREEDY, Grammar, Sampler, SamplingError, SamplingParams, sample
+from tests.conftest import Ids
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 2.0])
 END = 3
 
 
 def sampler(params: SamplingParams, prompt: tuple[int, ...] = (), vocab_size: int = 5, index: int = 0) -> Sampler:
-    return Sampler(params, prompt, vocab_size, END, index)
+    return Sampler(params, prompt, Ids(vocab_size, END), index)
 
 
 def draws(n: int, *, prompt: tuple[int, ...] = (), logits: Tensor = LOGITS, **fields: object) -> Counter[int]:
@@ -113,8 +114,8 @@ PARAMS = st.builds(
 @given(st.lists(PARAMS, min_size=1, max_size=6), st.integers(0, 99))
 def test_a_row_does_not_depend_on_the_others(params: list[SamplingParams], seed: int) -> None:
     logits = 3 * torch.randn(len(params), 20, generator=torch.Generator().manual_seed(seed))
-    together = [Sampler(p, (1,), 20, END) for p in params]
-    alone = [Sampler(p, (1,), 20, END) for p in params]
+    together = [Sampler(p, (1,), Ids(20, END)) for p in params]
+    alone = [Sampler(p, (1,), Ids(20, END)) for p in params]
     before = logits.clone()
     for _ in range(3):
         batch = sample(logits, together)
@@ -170,6 +171,53 @@ def test_no_token_left_is_an_error_of_that_row_alone() -> None:
     result = sample(LOGITS.expand(2, -1), [none_left, sampler(GREEDY)])
     assert isinstance(result[0], SamplingError)
     assert result[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "n_steps"),
+    [
+        ({"temperature": 0.5, "top_k": 3, "stop_token_ids": (1,)}, 0),
+        ({"repetition_penalty": 1.5}, 1),
+        ({"frequency_penalty": 1.0, "presence_penalty": 1.0}, 1),
+        ({"logit_bias": {1: 1.0}, "allowed_token_ids": (1,), "banned_token_ids": (2,)}, 1),
+        ({"watermark": True}, 1),
+        ({"min_tokens": 1}, 1),
+        ({"repetition_penalty": 1.5, "presence_penalty": 1.0, "allowed_token_ids": (1,), "min_tokens": 1}, 4),
+    ],
+)
+def test_only_steps_that_are_asked_for_are_taken(fields: dict[str, object], n_steps: int) -> None:
+    assert len(sampler(SamplingParams(**fields)).steps) == n_steps  # type: ignore[arg-type]
+
+
+class Only:
+    """A step of the caller's: allows only one token, the next one each time. Fails at token 2."""
+
+    def __init__(self, fails_to: str) -> None:
+        self._fails_to, self._token_id = fails_to, 0
+
+    def adjust(self, logits: Tensor) -> None:
+        logits[torch.arange(5) != self._token_id] = -math.inf
+        if self._token_id == 2 and self._fails_to == "adjust":
+            raise ValueError("two")
+
+    def observe(self, token_id: int) -> None:
+        assert token_id == self._token_id
+        if token_id == 2 and self._fails_to == "observe":
+            raise ValueError("two")
+        self._token_id += 1
+
+
+@pytest.mark.parametrize("fails_to", ["adjust", "observe"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_step_raises_is_the_result_of_its_row_alone(fails_to: str, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, repetition_penalty=1.5)
+    rows = [sampler(params), Sampler(params, (), Ids(5, END), first=[Only(fails_to)]), sampler(params, index=2)]
+    alone = [sampler(params), sampler(params, index=2)]
+    for expected in (0, 1, 2):
+        before, token_id, after = sample(LOGITS.expand(3, -1), rows)
+        assert [before, after] == sample(LOGITS.expand(2, -1), alone)
+        assert token_id == expected or (expected == 2 and isinstance(token_id, ValueError))
+    assert isinstance(token_id, ValueError)
 
 
 @pytest.mark.parametrize(

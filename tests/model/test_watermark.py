@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.sampling import Sampler, SamplingParams, sample
-from model.watermark import DELTA, GAMMA, green_list, z_score
+from model.sampling.watermark import DELTA, GAMMA, green_list, z_score
+from tests.conftest import Ids
 
 
 def test_the_green_list_is_half_of_the_vocabulary_and_depends_on_the_token_before() -> None:
@@ -17,7 +18,7 @@ def test_the_green_list_is_half_of_the_vocabulary_and_depends_on_the_token_befor
 
 
 def test_green_tokens_get_delta_more() -> None:
-    sampler = Sampler(SamplingParams(watermark=True), [3, 7], 400, 1)
+    sampler = Sampler(SamplingParams(watermark=True), [3, 7], Ids(400, 1))
     logits = torch.zeros(400)
     sampler.adjust(logits)
     assert torch.equal(logits, DELTA * green_list(7, 400))

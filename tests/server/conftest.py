@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import pytest
 from fastapi.testclient import TestClient
 
-from model import AFTForCausalLM, Tokenizer
+from model import LanguageModel, Tokenizer
 from server.api.app import create_app
 from server.engine import LLMEngine
 from tests.conftest import random_model, tiny_config
 
 
 @pytest.fixture(scope="session", params=["conv", "rwkv4"])
-def network(request: pytest.FixtureRequest) -> AFTForCausalLM:
+def network(request: pytest.FixtureRequest) -> LanguageModel:
     return random_model(tiny_config(request.param))
 
 
 @pytest.fixture(scope="session")
-def client(network: AFTForCausalLM, tokenizer: Tokenizer) -> Iterator[TestClient]:
+def client(network: LanguageModel, tokenizer: Tokenizer) -> Iterator[TestClient]:
     with TestClient(create_app(LLMEngine(network, tokenizer)), raise_server_exceptions=False) as client:
         yield client

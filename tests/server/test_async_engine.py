@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -11,9 +14,10 @@ import pytest
 from model import Tokenizer
 from model.errors import ModelError
 from model.sampling import Grammar, SamplingParams
-from server.engine import AsyncEngine, EngineConfig, LLMEngine
-from server.engine.async_engine import LONG_PROMPT, RequestStream
+from server.engine import AsyncEngine, EngineConfig, LLMEngine, RequestStream
+from server.engine.async_engine import LONG_PROMPT
 from server.errors import (
+    EngineDeadError,
     GenerationError,
     InvalidRequestError,
     OverloadedError,
@@ -45,7 +49,7 @@ def in_engine(tokenizer: Tokenizer, main: Callable[[AsyncEngine], Coroutine[Any,
 
         asyncio.run(started())
         assert engine.num_requests == 0
-    assert engine.engine.scheduler.n_free_slots == engine.engine.pool.n_slots
+    assert engine._engine.scheduler.n_free_slots == engine._engine.pool.n_slots
 
 
 async def ids(stream: RequestStream) -> list[int]:
@@ -110,6 +114,59 @@ def test_a_full_queue_refuses_before_any_work(tokenizer: Tokenizer) -> None:
     in_engine(tokenizer, main, max_num_seqs=1, max_queue_length=2)
 
 
+def test_places_are_taken_before_requests_are_made_and_come_back(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        with pytest.raises(InvalidRequestError, match="at most 3 prompts, not 4"):
+            engine.admit(4)
+        with engine.admit(2) as admission:
+            with pytest.raises(OverloadedError, match="2 requests run or wait already"):
+                engine.admit(2)
+            stream = await engine.submit("the fox", ENDLESS, admission=admission)
+            with engine.admit(), pytest.raises(OverloadedError, match="3 requests run or wait already"):
+                engine.admit()
+        with engine.admit(2), pytest.raises(OverloadedError):  # the place that no request took is free again
+            engine.admit()
+        stream.close()
+        with engine.admit(3):
+            pass
+
+    in_engine(tokenizer, main, max_num_seqs=1, max_queue_length=2)
+
+
+def test_times_count_from_before_any_work(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        began: list[float] = []
+        encode, compile_ = tokenizer.encode, engine._grammars.compile
+
+        def slowly(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def step(what: Any) -> Any:
+                began.append(time.monotonic())
+                time.sleep(0.02)
+                return work(what)
+
+            return step
+
+        params = SamplingParams(max_tokens=3, grammar=Grammar("regex", "[a-z]*"))
+        with (
+            mock.patch.object(tokenizer, "encode", slowly(encode)),
+            mock.patch.object(engine._grammars, "compile", slowly(compile_)),
+        ):
+            stream = await engine.submit("the fox", params, timeout=60)
+        async for _ in stream:
+            pass
+        stream.close()
+        request = stream.request
+        assert len(began) == 2
+        assert request.arrived_at <= began[0]
+        assert request.deadline == request.arrived_at + 60
+        assert request.admitted_at is not None
+        assert request.admitted_at - request.arrived_at >= 0.04
+        assert stream.first_token_at is not None
+        assert stream.first_token_at - request.arrived_at >= 0.04
+
+    in_engine(tokenizer, main)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [
@@ -141,7 +198,7 @@ def test_a_request_past_its_deadline_ends_with_an_error(tokenizer: Tokenizer) ->
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
         with (
-            mock.patch.object(engine.engine, "step", side_effect=RuntimeError("broken")),
+            mock.patch.object(engine._engine, "step", side_effect=RuntimeError("broken")),
             pytest.raises(GenerationError, match=r"^Generation failed in the server\.$"),
         ):
             await generate(engine)
@@ -163,20 +220,21 @@ def test_several_texts_end_one_by_one(tokenizer: Tokenizer) -> None:
 
 def test_draining_lets_running_requests_end_and_takes_no_more(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        running = asyncio.create_task(generate(engine, SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)))
-        await asyncio.sleep(0.01)
-        draining = asyncio.create_task(engine.drain(timeout=30))
-        await asyncio.sleep(0.01)
+        running = await engine.submit("the fox", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True))
+        draining = asyncio.create_task(engine.drain(timeout=600))
+        await asyncio.sleep(0)  # drains, for as long as the running one has not been read
         assert not engine.is_ready
         with pytest.raises(ShuttingDownError):
             await generate(engine)
+        assert not draining.done()
+        assert len(await ids(running)) == 300
         await draining
-        assert len(await running) == 300
         engine.stop()
 
     in_engine(tokenizer, main)
 
 
+@mock.patch("server.engine.async_engine.MAX_UNREAD", 10**6)  # however long the end takes
 def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
         stream = await engine.submit("the fox", ENDLESS)
@@ -192,9 +250,46 @@ def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
     in_engine(tokenizer, main)
 
 
+def test_an_engine_that_died_says_so_and_lets_nobody_wait(tokenizer: Tokenizer) -> None:
+    with running(tokenizer) as engine:
+
+        async def main() -> None:
+            engine.start()
+            before = await engine.submit("the fox", ENDLESS)
+            with mock.patch.object(engine._engine, "add_request", side_effect=RuntimeError("broken")):
+                last = await engine.submit("the fox", FIVE)
+                for stream in (before, last):
+                    with pytest.raises(EngineDeadError, match="until the server is restarted"):
+                        await ids(stream)
+            assert not engine.is_alive
+            with pytest.raises(EngineDeadError, match="until the server is restarted"):
+                await generate(engine)
+            assert engine.num_requests == 0
+            await asyncio.to_thread(engine.stop)
+
+        asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_grammars_that_never_compile_take_no_threads_of_others(tokenizer: Tokenizer) -> None:
+    hanging = threading.Event()
+
+    async def main(engine: AsyncEngine) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: hanging.wait()):
+            try:
+                with pytest.raises(InvalidRequestError, match=r"more than the 0\.01 seconds"):
+                    await generate(engine, SamplingParams(grammar=Grammar("regex", "a")))
+                long = await asyncio.wait_for(engine.encode("the fox " * LONG_PROMPT), timeout=30)
+                assert len(long) > LONG_PROMPT
+            finally:
+                hanging.set()
+
+    in_engine(tokenizer, main, grammar_timeout=0.01)
+
+
 def test_a_reader_far_behind_loses_its_request(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        with mock.patch("server.engine.async_engine.MAX_UNREAD", 50):
+        with mock.patch("server.engine.request_stream.MAX_UNREAD", 50):
             slow = await engine.submit("the fox", ENDLESS)
             while engine.num_requests:
                 await asyncio.sleep(0.01)

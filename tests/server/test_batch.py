@@ -26,7 +26,7 @@ LINES = [
 
 def run(checkpoint: Path, *files: Path) -> None:
     command = [sys.executable, "-m", "server", "batch", *map(str, files), "--model", str(checkpoint)]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=300)
 
 
 def read(path: Path) -> dict[Any, dict[str, Any]]:

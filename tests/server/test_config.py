@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from model import AFTForCausalLM, Tokenizer, save_checkpoint
+from model import LanguageModel, Tokenizer, save_checkpoint
 from server.api.config import APIConfig
 from server.assemble import state_bytes
 from server.commands.main import app
@@ -68,7 +68,7 @@ def test_no_key_where_keys_are_asked_for_is_refused() -> None:
 
 @pytest.mark.parametrize("n_states", [1, 2, 100])
 def test_an_engine_has_the_slots_that_its_config_tells(
-    n_states: int, network: AFTForCausalLM, tokenizer: Tokenizer
+    n_states: int, network: LanguageModel, tokenizer: Tokenizer
 ) -> None:
     size = network.init_state(1).nbytes
     config = EngineConfig(max_num_seqs=3, state_memory=n_states * size + 1, max_queue_length=5)
@@ -80,7 +80,7 @@ def test_an_engine_has_the_slots_that_its_config_tells(
 
 
 def test_the_bytes_of_a_state_are_known_without_weights(
-    network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path
+    network: LanguageModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     assert state_bytes(tmp_path) is None
     save_checkpoint(tmp_path, network, tokenizer)

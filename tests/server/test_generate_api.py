@@ -11,10 +11,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from model import AFTForCausalLM, Tokenizer
+from model import LanguageModel, Tokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
-from model.watermark import z_score
+from model.sampling.watermark import z_score
 from server.api.app import create_app
 from server.api.tgi.protocol import GenerateParameters, StreamEvent
 from server.engine import EngineConfig, LLMEngine
@@ -36,19 +36,19 @@ def events(response: httpx2.Response) -> list[dict[str, Any]]:
     return [json.loads(part.removeprefix("data:")) for part in parts]
 
 
-def greedy_ids(model: AFTForCausalLM, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
-    end = tokenizer.end_of_text_id
-    return list(generate(model, [end, *tokenizer.encode(text)], SamplingParams(temperature=0, max_tokens=n), end))
+def greedy_ids(model: LanguageModel, tokenizer: Tokenizer, text: str, n: int) -> list[int]:
+    prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+    return list(generate(model, prompt_ids, SamplingParams(temperature=0, max_tokens=n), tokenizer))
 
 
-def test_greedy_text_is_the_models(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_greedy_text_is_the_models(client: TestClient, network: LanguageModel, tokenizer: Tokenizer) -> None:
     response = post(client, inputs="The fox", parameters={"max_new_tokens": 12})
     assert response.status_code == 200
     expected = tokenizer.decode(greedy_ids(network, tokenizer, "The fox", 12))
     assert response.json() == {"generated_text": expected}
 
 
-def test_details(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_details(client: TestClient, network: LanguageModel, tokenizer: Tokenizer) -> None:
     body = post(client, inputs="The fox", parameters={"max_new_tokens": 12, "details": True}).json()
     details = body["details"]
     assert {key: details[key] for key in details if key != "tokens"} == {
@@ -111,6 +111,7 @@ def seed_of(response: httpx2.Response) -> Any:
 def test_sampling_is_asked_for_by_any_of_its_parameters(parameters: dict[str, Any], client: TestClient) -> None:
     """The seed that was drawn is told, and gives the same text again."""
     parameters = {**parameters, "max_new_tokens": 20, "details": True}
+    post(client, inputs="The fox")  # how much of the prompt was cached is told, too
     first = post(client, inputs="The fox", parameters=parameters)
     assert isinstance(seed_of(first), int)
     again = post(client, inputs="The fox", parameters={**parameters, "seed": seed_of(first)})
@@ -118,8 +119,8 @@ def test_sampling_is_asked_for_by_any_of_its_parameters(parameters: dict[str, An
 
 
 def test_without_parameters_it_samples(client: TestClient) -> None:
-    texts = {post(client, inputs="The fox").json()["generated_text"] for _ in range(3)}
-    assert len(texts) == 3
+    texts = {post(client, inputs="The fox").json()["generated_text"] for _ in range(8)}
+    assert len(texts) > 1  # two may be alike by chance: empty ones, say
 
 
 def test_a_seed_alone_does_not_ask_for_sampling(client: TestClient) -> None:
@@ -246,7 +247,7 @@ def test_top_tokens_are_told(client: TestClient, tokenizer: Tokenizer) -> None:
         assert all(t["text"] == tokenizer.token_text(t["id"]) for t in top)
 
 
-def test_the_inputs_tokens_are_told(client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_the_inputs_tokens_are_told(client: TestClient, network: LanguageModel, tokenizer: Tokenizer) -> None:
     parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True}
     prefill = post(client, inputs="The fox", parameters=parameters).json()["details"]["prefill"]
     ids = tokenizer.encode_text("The fox")
@@ -288,14 +289,15 @@ def test_info(client: TestClient) -> None:
     assert info["model_id"] == "aft"
     assert info["max_total_tokens"] == 2**20
     assert info["max_best_of"] == 32
-    assert info["state_bytes"] == client.app.state.context.engine.engine.pool.nbytes / 32  # type: ignore[attr-defined]
+    assert info["state_bytes"] == client.app.state.context.engine._engine.pool.nbytes / 32  # type: ignore[attr-defined]
+    assert info["max_concurrent_requests"] == client.app.state.context.engine.info.capacity == 32 + 256  # type: ignore[attr-defined]
 
 
 def test_health(client: TestClient) -> None:
     assert client.get("/health").status_code == 200
 
 
-def test_a_full_queue_answers_429_with_retry_after(network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_a_full_queue_answers_429_with_retry_after(network: LanguageModel, tokenizer: Tokenizer) -> None:
     app = create_app(LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=0)))
     with TestClient(app) as client:
         assert post(client, inputs="The fox").status_code == 200

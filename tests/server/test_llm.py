@@ -22,7 +22,7 @@ def test_texts_come_in_the_order_of_their_prompts(llm: LLM, checkpoint: Path) ->
     each = [SamplingParams(max_tokens=20 - 4 * i, temperature=float(i), seed=i) for i in range(4)]
     results = llm.generate(PROMPTS, each)
     for prompt, params, result in zip(PROMPTS, each, results, strict=True):
-        ids = list(generate(model, tokenizer.encode_text(prompt), params, tokenizer.end_of_text_id))
+        ids = list(generate(model, tokenizer.encode_text(prompt), params, tokenizer))
         assert result.prompt == prompt
         assert [completion.token_ids for completion in result.completions] == [ids]
         assert result.completions[0].text == tokenizer.decode(ids)

@@ -11,17 +11,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from model import AFTForCausalLM, SentencePieceTokenizer
-from model.config import Variant
+from model import LanguageModel, SentencePieceTokenizer
 from model.generate import generate
 from model.sampling import Grammar, SamplingError, SamplingParams
 from server.engine import EngineConfig, FinishReason, LLMEngine, Request, RequestOutput
 from server.engine.structured_output import GrammarCompiler
 from server.errors import GenerationError, InvalidRequestError, RequestTimeoutError
-from tests.conftest import STORIES, VARIANTS, random_model, tiny_config
+from tests.conftest import STORIES, VARIANTS, Variant, random_model, tiny_config
 
 WORDS = SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)
-MODELS: dict[Variant, AFTForCausalLM] = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
+MODELS: dict[Variant, LanguageModel] = {variant: random_model(tiny_config(variant)) for variant in VARIANTS}
 MODEL = MODELS["conv"]
 SMALL = EngineConfig(max_num_seqs=4, chunk_size=8)
 
@@ -57,9 +56,9 @@ def text(outputs: list[RequestOutput]) -> str:
     return "".join(output.token.text for output in outputs if output.token and not output.token.special)
 
 
-def alone(one: Request, model: AFTForCausalLM = MODEL, index: int = 0) -> list[int]:
+def alone(one: Request, model: LanguageModel = MODEL, index: int = 0) -> list[int]:
     params = dataclasses.replace(one.params, seed=one.params.seed + index)
-    return list(generate(model, one.prompt_ids, params, WORDS.end_of_text_id))
+    return list(generate(model, one.prompt_ids, params, WORDS))
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -367,7 +366,7 @@ def poisoned_grammar() -> Request:
     one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "[a-z ]*"))
     broken = mock.Mock(wraps=one.matcher)
     broken.copy.return_value.is_complete = False
-    broken.copy.return_value.allowed.side_effect = [torch.ones(400, dtype=torch.bool), RuntimeError("poison")]
+    broken.copy.return_value.adjust.side_effect = [None, RuntimeError("poison")]
     one.matcher = broken
     return one
 

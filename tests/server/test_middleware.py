@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -87,7 +88,7 @@ def test_grammars_are_limited(checkpoint: Path) -> None:
     with serving(checkpoint, EngineConfig(grammar_timeout=0.05)) as client:
         engine = client.app.state.context.engine  # type: ignore[attr-defined]
         slow = threading.Event()
-        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: slow.wait(5)):
+        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: slow.wait(60)):
             refused = client.post("/v1/completions", json={**OPENAI_BODY, "structured_outputs": {"regex": "a"}})
             slow.set()
         assert refused.status_code == 400
@@ -227,6 +228,22 @@ def test_traces_go_to_the_collector(checkpoint: Path) -> None:
     assert attributes["gen_ai.usage.output_tokens"].int_value == 3
     assert attributes["http.response.status_code"].int_value == 200
     assert span.end_time_unix_nano > span.start_time_unix_nano
+
+
+def test_the_event_loop_goes_on_while_the_engine_ends(checkpoint: Path) -> None:
+    stopped: list[bool] = []
+    with serving(checkpoint) as client:
+        engine = client.app.state.context.engine  # type: ignore[attr-defined]
+        stop = engine.stop
+
+        def stop_off_the_loop() -> None:
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asyncio.get_running_loop()
+            stop()
+            stopped.append(True)
+
+        engine.stop = stop_off_the_loop
+    assert stopped == [True]
 
 
 def test_health_and_readiness_part_while_draining(checkpoint: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from typing import Any
 
 import httpx2
@@ -12,7 +14,9 @@ import torch
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
-from model import AFTForCausalLM, Tokenizer
+from model import LanguageModel, Tokenizer
+from server.api.app import create_app
+from server.api.chat_template import ChatTemplate
 from server.api.openai.protocol import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -20,6 +24,7 @@ from server.api.openai.protocol import (
     CompletionRequest,
     CompletionResponse,
 )
+from server.engine import EngineConfig, LLMEngine, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "The fox"}]
@@ -135,7 +140,7 @@ def test_best_of_returns_the_likelier_texts(client: TestClient) -> None:
 
 @pytest.mark.parametrize("prompt", ["The fox\u2019s été", [5, 300, 200, 17]])
 def test_echo_scores_the_prompt(
-    prompt: str | list[int], client: TestClient, network: AFTForCausalLM, tokenizer: Tokenizer
+    prompt: str | list[int], client: TestClient, network: LanguageModel, tokenizer: Tokenizer
 ) -> None:
     ids = tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
     (choice,) = complete(client, prompt=prompt, echo=True, logprobs=2, max_tokens=0)["choices"]
@@ -359,6 +364,70 @@ def test_nothing_stays_when_one_of_several_prompts_is_refused(client: TestClient
     response = post(client, prompt=[[5], [400]], max_tokens=10**5)
     assert response.status_code == 400
     assert engine.num_requests == 0
+
+
+def test_what_is_refused_at_the_door_costs_no_work(
+    network: LanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=1)))
+    context = app.state.context
+
+    def work(*_: object) -> None:
+        raise AssertionError("work was done")
+
+    with TestClient(app, raise_server_exceptions=False) as client:
+        session = client.post("/sessions").json()["session_id"]
+        assert client.portal is not None
+        occupied = [client.portal.call(context.engine.submit, [5], SamplingParams(max_tokens=10**6)) for _ in range(2)]
+        chats: dict[str, Any] = {"messages": MESSAGES}
+        with monkeypatch.context() as patched:
+            patched.setattr(context.chat_template, "token_ids", work)
+            patched.setattr(context.sessions.store, "load", work)
+            patched.setattr(tokenizer, "encode", work)
+            for path, body in (
+                (CHAT, chats),
+                (CHAT, {**chats, "session_id": session}),
+                (COMPLETIONS, {"prompt": "The fox"}),
+                (COMPLETIONS, {"prompt": "The fox", "session_id": session}),
+                ("/generate", {"inputs": "The fox", "session_id": session}),
+            ):
+                assert post(client, path, **body).status_code == 429
+            assert post(client, CHAT, **chats, model="another").status_code == 404
+            occupied.pop().close()
+            two = post(client, prompt=["a", "b"])  # all or none
+            assert two.status_code == 429
+            assert post(client, prompt=["a", "b", "c"]).json()["error"]["message"].startswith("There must be at most 2")
+        occupied.pop().close()
+        assert post(client, CHAT, **chats, session_id=session, max_tokens=2).status_code == 200
+
+
+def test_what_fails_before_it_is_queued_leaves_its_place(network: LanguageModel, tokenizer: Tokenizer) -> None:
+    template = ChatTemplate("{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}a")
+    app = create_app(
+        LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=0)), chat_template=template
+    )
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for messages, status in ((MESSAGES * 2, 400), (MESSAGES, 200)):
+            assert post(client, CHAT, messages=messages, max_tokens=2).status_code == status
+        assert post(client, CHAT, messages=MESSAGES, session_id="0" * 32).status_code == 404
+        assert post(client, CHAT, messages=MESSAGES, max_tokens=2).status_code == 200
+
+
+def test_the_time_to_the_first_token_includes_the_template(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    template = client.app.state.context.chat_template  # type: ignore[attr-defined]
+    render = template.token_ids
+
+    def slowly(messages: Any, tokenizer: Tokenizer) -> Any:
+        time.sleep(0.05)
+        return render(messages, tokenizer)
+
+    monkeypatch.setattr(template, "token_ids", slowly)
+    chat(client)
+    (line,) = (vars(record) for record in caplog.records if record.message == "request")
+    assert line["time_to_first_token"] >= line["queue_seconds"] >= 0.05
 
 
 def test_a_request_id_comes_back(client: TestClient) -> None:

@@ -32,6 +32,7 @@ class Outer:
     port: int = setting(80, "A port.", at_least=0, at_most=65535)
     inner: Inner = field(default_factory=Inner)
     kind: Literal["text", "json"] = setting("text", "A kind.")
+    form: str | None = setting(None, "A form.", choices=("round", "flat"))
     exact: bool = setting(False, "Whether.")
     hidden: int = 3
 
@@ -77,7 +78,7 @@ def test_every_field_has_an_option() -> None:
         "--exact",
     ]
     inner = Inner(memory_bytes=3 * 2**20, cache=0, words=("b", "c"))
-    assert run(outer, *given) == Outer(name="a", port=0, inner=inner, kind="json", exact=True)
+    assert run(outer, *given) == Outer(name="a", port=0, inner=inner, kind="json", form="flat", exact=True)
 
 
 def test_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +87,11 @@ def test_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Outer(inner=Inner(memory_bytes=3 * 2**20, words=("b", "c")), exact=True)
     assert from_environment(outer) == expected
     assert run(outer, "--memory", "4").inner.memory_bytes == 4 * 2**20  # a flag wins
+
+
+def test_a_value_that_is_no_choice_is_no_option() -> None:
+    with pytest.raises(Exception, match="'bent' is not one of 'round', 'flat'"):
+        run(outer, "--form", "bent")
 
 
 def test_a_command_may_name_those_that_it_takes() -> None:
@@ -103,7 +109,18 @@ def test_help_is_the_fields() -> None:
     names = [
         word for line in options for word in line.split() if word.startswith("--") and not word.startswith("--no-")
     ]
-    assert names == ["--name", "--port", "--memory", "--cache", "--words", "--kind", "--exact", "--loud", "--help"]
+    assert names == [
+        "--name",
+        "--port",
+        "--memory",
+        "--cache",
+        "--words",
+        "--kind",
+        "--form",
+        "--exact",
+        "--loud",
+        "--help",
+    ]
     assert "MiB for states. [env var: AFT_MEMORY] [default: 1]" in options[2]
 
 
@@ -114,6 +131,7 @@ def test_help_is_the_fields() -> None:
         (Inner, {"memory_bytes": -3 * 2**20}, "memory must be positive, not -3 MiB."),
         (Inner, {"cache": -(2**19)}, "cache must be at least 0, not -0.5 MiB."),
         (Outer, {"port": 65536}, "port must be from 0 to 65535, not 65536."),
+        (Outer, {"form": "bent"}, "form must be one of round, flat, not bent."),
         (Outer, {"port": -1}, "port must be from 0 to 65535, not -1."),
     ],
 )

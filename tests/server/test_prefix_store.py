@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from model import AFTForCausalLM, Tokenizer
+from model import LanguageModel, Tokenizer
 from server.engine import AsyncEngine, EngineConfig, LLMEngine, PrefixStore, Request, SamplingParams, StoredPrefixes
 from server.errors import StoreUnavailableError
-from server.sessions import open_prefix_store
+from server.stores import open_prefix_store
 from tests.conftest import random_model, tiny_config
 from tests.redis_server import RedisServer, needs_redis
 
@@ -81,7 +81,7 @@ class Recorder:
 
 def generate(
     store: PrefixStore,
-    network: AFTForCausalLM,
+    network: LanguageModel,
     tokenizer: Tokenizer,
     *prompts: list[int],
     salt: str = "",
@@ -111,7 +111,7 @@ def generate(
 
 
 def test_a_new_engine_goes_on_from_what_was_stored_at_the_end(
-    opened: Opener, tokenizer: Tokenizer, network: AFTForCausalLM
+    opened: Opener, tokenizer: Tokenizer, network: LanguageModel
 ) -> None:
     other = [*PROMPT[:20], 7, 7, 7]
     ((cold, text), (_, other_text)), _ = generate(opened(10**6), network, tokenizer, PROMPT, other)
@@ -128,7 +128,7 @@ def test_a_new_engine_goes_on_from_what_was_stored_at_the_end(
     assert generate(opened(10**6), network, tokenizer, PROMPT, batch_invariant=True)[0] == [(0, text)]
 
 
-def test_what_is_evicted_is_found_again(opened: Opener, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
+def test_what_is_evicted_is_found_again(opened: Opener, tokenizer: Tokenizer, network: LanguageModel) -> None:
     size = network.init_state(1).nbytes
     others = [[1, 60 + i, 7] for i in range(4)]
     room = 3 * size + 10_000
@@ -140,7 +140,7 @@ def test_what_is_evicted_is_found_again(opened: Opener, tokenizer: Tokenizer, ne
 
 
 def test_a_damaged_prefix_is_a_miss_and_a_warning(
-    tmp_path: Path, tokenizer: Tokenizer, network: AFTForCausalLM, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer: Tokenizer, network: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "store.sqlite"
     first, _ = generate(open_prefix_store(str(path), 10**6), network, tokenizer, PROMPT)
@@ -176,7 +176,7 @@ class FailingStore:
     def close(self) -> None: ...
 
 
-def test_a_store_that_fails_is_left_alone_for_a_while(tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
+def test_a_store_that_fails_is_left_alone_for_a_while(tokenizer: Tokenizer, network: LanguageModel) -> None:
     store = FailingStore()
     texts, told = generate(store, network, tokenizer, PROMPT, [1, 9, 9])
     assert [len(text) for _, text in texts] == [5, 5]

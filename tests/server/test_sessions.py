@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from model import AFTForCausalLM, Tokenizer
-from server.engine import AsyncEngine, LLMEngine, SamplingParams
+from model import LanguageModel, Tokenizer
+from server.api.turns import TurnStream
+from server.engine import AsyncEngine, LLMEngine, RequestOutput, SamplingParams
 from server.errors import (
     BusySessionError,
     ConfigurationError,
@@ -26,7 +27,8 @@ from server.errors import (
     QuotaError,
     StoreUnavailableError,
 )
-from server.sessions import Session, Sessions, SessionsConfig, SessionStore, SQLiteStore, open_store, sqlite
+from server.sessions import Sessions, SessionsConfig
+from server.stores import Session, SessionStore, SQLiteSessionStore, open_store, sqlite
 from tests.redis_server import RedisServer, needs_redis
 
 
@@ -46,7 +48,7 @@ def session(name: str, turn: int = 0, owner: str = "", expires_in: float = 100.0
 
 
 def test_a_store_gives_back_what_it_was_given(store: SessionStore) -> None:
-    assert store.create(session("a"), b"", 9)
+    assert store.create([session("a")], b"", 9)
     assert store.load("a", "", NOW) == (session("a"), b"")
     assert store.commit(session("a", 1), b"one")
     assert store.load("a", "", NOW) == (session("a", 1), b"one")
@@ -60,30 +62,42 @@ def test_a_store_gives_back_what_it_was_given(store: SessionStore) -> None:
 
 
 def test_owners_do_not_see_each_other_and_have_quotas(store: SessionStore) -> None:
-    assert store.create(session("a", owner="x"), b"", 2)
-    assert store.create(session("b", owner="x"), b"", 2)
-    assert not store.create(session("c", owner="x"), b"", 2)
-    assert store.create(session("d", owner="y"), b"", 2)
+    assert store.create([session("a", owner="x")], b"", 2)
+    assert store.create([session("b", owner="x")], b"", 2)
+    assert not store.create([session("c", owner="x")], b"", 2)
+    assert store.create([session("d", owner="y")], b"", 2)
     assert store.load("a", "y", NOW) is None
     assert not store.delete("a", "y")
     assert not store.commit(session("a", 1, owner="y"), b"")
     assert {found.session_id for found in store.list("x", NOW)} == {"a", "b"}
 
 
+def test_several_are_created_all_or_none(store: SessionStore) -> None:
+    assert store.create([session("a")], b"", 5)
+    assert store.create([session(name, owner="y") for name in "xyz"], b"", 5)
+    assert not store.create([session(name) for name in "bcdef"], b"one", 5)
+    assert [found.session_id for found in store.list("", NOW)] == ["a"]
+    assert store.create([session(name, turn=1) for name in "bcde"], b"one", 5)
+    assert {found.session_id for found in store.list("", NOW)} == set("abcde")
+    for name in "bcde":
+        assert store.load(name, "", NOW) == (session(name, 1), b"one")
+    assert not store.create([session("f")], b"", 5)
+
+
 def test_sessions_end_with_their_time(store: SessionStore) -> None:
-    assert store.create(session("a", expires_in=10), b"", 2)
-    assert store.create(session("b", expires_in=20), b"", 2)
+    assert store.create([session("a", expires_in=10)], b"", 2)
+    assert store.create([session("b", expires_in=20)], b"", 2)
     assert store.load("a", "", NOW + 10) is None
     assert [found.session_id for found in store.list("", NOW + 15)] == ["b"]
     store.remove_expired(NOW + 15)
     assert store.load("b", "", NOW + 15) is not None
-    assert store.create(replace(session("c"), created_at=NOW + 15), b"", 2)
-    assert not store.create(replace(session("d"), created_at=NOW + 15), b"", 2)
+    assert store.create([replace(session("c"), created_at=NOW + 15)], b"", 2)
+    assert not store.create([replace(session("d"), created_at=NOW + 15)], b"", 2)
 
 
 def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
-    store = SQLiteStore(tmp_path / "sessions.sqlite")
-    store.create(session("a", expires_in=10), b"", 9)
+    store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
+    store.create([session("a", expires_in=10)], b"", 9)
     store.remove_expired(NOW + 15)
     assert store.load("a", "", NOW) is None
     store.close()
@@ -93,10 +107,13 @@ def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
 def test_what_has_ended_takes_no_room_in_redis(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server, Redis.from_url(server.url) as client:
         store = open_store(server.url)
-        store.create(replace(session("a"), expires_at=time.time() + 0.2), b"", 9)
+        store.create([replace(session("a"), expires_at=time.time() + 0.2)], b"", 9)
+        deadline = time.monotonic() + 60
+        while client.keys():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        store.create([session("b")], b"", 9)
         assert len(client.keys()) == 2
-        time.sleep(0.3)
-        assert client.keys() == []
         store.close()
 
 
@@ -105,7 +122,7 @@ def test_the_last_place_goes_to_one_of_several_servers(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server:
         stores = [open_store(server.url) for _ in range(4)]
         with ThreadPoolExecutor(8) as pool:
-            created = list(pool.map(lambda i: stores[i % 4].create(session(f"{i}"), b"", 10), range(40)))
+            created = list(pool.map(lambda i: stores[i % 4].create([session(f"{i}")], b"", 10), range(40)))
             assert sum(created) == 10
             name = str(created.index(True))
             committed = list(pool.map(lambda i: stores[i % 4].commit(session(name, 1), b"%d" % i), range(40)))
@@ -119,7 +136,7 @@ def test_the_last_place_goes_to_one_of_several_servers(tmp_path: Path) -> None:
 def test_a_lost_redis_fails_one_request_after_another_until_it_is_back(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server:
         store = open_store(server.url)
-        store.create(session("a"), b"", 9)
+        store.create([session("a")], b"", 9)
         server.kill()
         for _ in range(2):
             with pytest.raises(StoreUnavailableError, match="does not answer"):
@@ -136,13 +153,41 @@ def test_a_lost_redis_fails_one_request_after_another_until_it_is_back(tmp_path:
 
 def test_a_locked_file_fails_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.1)
-    store = SQLiteStore(tmp_path / "sessions.sqlite")
+    store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
     other = sqlite3.connect(tmp_path / "sessions.sqlite")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StoreUnavailableError, match="does not answer"):
-        store.create(session("a"), b"", 9)
+        store.create([session("a")], b"", 9)
     other.close()
-    assert store.create(session("a"), b"", 9)
+    assert store.create([session("a")], b"", 9)
+    store.close()
+
+
+def damage(path: Path) -> None:
+    """All of an SQLite file but its first page, so that it opens as before."""
+    content = bytearray(path.read_bytes())
+    assert len(content) > 4096
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    path.write_bytes(content)
+
+
+def test_a_damaged_file_fails_one_request_after_another(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite"
+    store = SQLiteSessionStore(path)
+    assert store.create([session("a")], b"", 9)
+    store.close()
+    damage(path)
+    store = SQLiteSessionStore(path)
+    works: list[Callable[[], object]] = [
+        lambda: store.load("a", "", NOW),
+        lambda: store.list("", NOW),
+        lambda: store.commit(session("a", 1), b"one"),
+        lambda: store.create([session("b")], b"", 9),
+        lambda: store.delete("a", ""),
+    ]
+    for work in works:
+        with pytest.raises(StoreUnavailableError, match="does not answer"):
+            work()
     store.close()
 
 
@@ -171,7 +216,7 @@ def test_redis_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_sessions(
     store: SessionStore,
-    network: AFTForCausalLM,
+    network: LanguageModel,
     tokenizer: Tokenizer,
     main: Callable[[Sessions, AsyncEngine], Coroutine[Any, Any, None]],
     clock: Callable[[], float] = time.time,
@@ -182,25 +227,31 @@ def in_sessions(
     async def run() -> None:
         front = AsyncEngine(engine)
         front.start()
-        await main(Sessions(store, engine, SessionsConfig(**options), clock=clock), front)
+        await main(Sessions(store, engine.state_files, SessionsConfig(**options), clock=clock), front)
         await asyncio.to_thread(front.stop)
 
     asyncio.run(run())
+
+
+async def read_all(stream: TurnStream) -> list[RequestOutput]:
+    outputs: list[RequestOutput] = []
+    while some := await stream.read():
+        outputs += some
+    return outputs
 
 
 async def take_turn(sessions: Sessions, engine: AsyncEngine, name: str, ids: list[int], n: int = 5) -> list[int]:
     """A turn as the HTTP side takes it: committed before its end is told."""
     turn = await sessions.begin_turn(name, "me")
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    stream = await engine.submit(ids, params, start=turn.start, keep_conversation=True)
-    stream.before_end, stream.on_close = turn.commit, turn.release
+    stream = TurnStream(await engine.submit(ids, params, start=turn.start, keep_conversation=True), turn)
     try:
-        return [output.token.token_id async for output in stream if output.token]
+        return [output.token.token_id for output in await read_all(stream) if output.token]
     finally:
         stream.close()
 
 
-def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
+def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Tokenizer, network: LanguageModel) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         seen: list[int] = []
@@ -220,7 +271,7 @@ def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Toke
 
 
 def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(
-    store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM
+    store: SessionStore, tokenizer: Tokenizer, network: LanguageModel
 ) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
@@ -230,8 +281,7 @@ def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(
         with pytest.raises(BusySessionError, match="has a turn under way"):
             await sessions.begin_turn(name, "me")
         params = SamplingParams(temperature=0, max_tokens=10**5, ignore_eos=True)
-        stream = await engine.submit([7], params, start=turn.start, keep_conversation=True)
-        stream.before_end, stream.on_close = turn.commit, turn.release
+        stream = TurnStream(await engine.submit([7], params, start=turn.start, keep_conversation=True), turn)
         await stream.read()
         stream.close()
         assert await sessions.export(name, "me") == before
@@ -243,33 +293,32 @@ def test_one_turn_at_a_time_and_an_abandoned_one_leaves_nothing(
 
 
 def test_another_servers_turn_wins_if_it_was_first(
-    store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM
+    store: SessionStore, tokenizer: Tokenizer, network: LanguageModel
 ) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
-        other = Sessions(store, engine.engine)
+        other = Sessions(store, engine.state_files._engine)
         turn = await sessions.begin_turn(name, "me")
         await take_turn(other, engine, name, [1, 5])
         stored = await other.export(name, "me")
         params = SamplingParams(temperature=0, max_tokens=5)
-        stream = await engine.submit([1, 6], params, start=turn.start, keep_conversation=True)
-        stream.before_end = turn.commit
+        stream = TurnStream(await engine.submit([1, 6], params, start=turn.start, keep_conversation=True), turn)
         with pytest.raises(BusySessionError, match="changed or deleted during this turn"):
-            [output async for output in stream]
+            await read_all(stream)
         stream.close()
         assert await sessions.export(name, "me") == stored
 
     in_sessions(store, network, tokenizer, main)
 
 
-def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
+def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer, network: LanguageModel) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
         with pytest.raises(NotFoundError, match="has no turn yet"):
             await sessions.export(name, "me")
         await take_turn(sessions, engine, name, [1, 5, 6])
         data = await sessions.export(name, "me")
-        fork = (await sessions.fork(name, "me")).session_id
+        (fork,) = [session.session_id for session in await sessions.fork(name, "me")]
         copy = (await sessions.import_(data, "me")).session_id
         texts = [await take_turn(sessions, engine, which, [8]) for which in (name, fork, copy)]
         assert texts[0] == texts[1] == texts[2]
@@ -283,7 +332,7 @@ def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer, ne
     in_sessions(store, network, tokenizer, main)
 
 
-def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer, network: AFTForCausalLM) -> None:
+def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer, network: LanguageModel) -> None:
     now = [time.time()]
 
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
@@ -297,5 +346,8 @@ def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer, network: A
         now[0] += 60
         assert [found.session_id for found in await sessions.list("me")] == [first]
         await sessions.create("me")
+        with pytest.raises(QuotaError, match="2 more would make more than the 2 sessions"):
+            await sessions.fork(first, "me", 2)
+        assert len(await sessions.list("me")) == 2
 
     in_sessions(store, network, tokenizer, main, clock=lambda: now[0], session_ttl=100, max_sessions=2)

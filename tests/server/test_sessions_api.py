@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from model import AFTForCausalLM, Tokenizer
+from model import LanguageModel, Tokenizer
+from model.config import Variant
 from server.api.app import create_app
 from server.api.config import APIConfig
 from server.engine import LLMEngine
-from server.sessions import SessionsConfig, SQLiteStore, open_store
+from server.sessions import SessionsConfig
+from server.stores import SQLiteSessionStore, open_store
+from tests.conftest import VARIANTS, random_model, tiny_config
 from tests.redis_server import RedisServer, needs_redis
+from tests.server.test_sessions import damage
 
 PARAMETERS = {"max_new_tokens": 6, "details": True}
 
@@ -59,9 +63,9 @@ def turn(client: TestClient, session: str, inputs: str, path: str = "/generate",
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
 def test_a_conversation_is_one_long_request(
-    path: str, client: TestClient, session: str, tokenizer: Tokenizer, network: AFTForCausalLM
+    path: str, client: TestClient, session: str, tokenizer: Tokenizer, network: LanguageModel
 ) -> None:
-    engine = client.app.state.context.engine.engine  # type: ignore[attr-defined]
+    engine = client.app.state.context.engine._engine  # type: ignore[attr-defined]
     ids = [tokenizer.end_of_text_id]
     for i, said in enumerate(["The fox", " and the bird", " sat", ""][: 3 if "chat" in path else 4]):
         text = turn(client, session, said, path)
@@ -92,7 +96,19 @@ def test_a_fork_goes_its_own_way(client: TestClient, session: str) -> None:
     assert client.get(f"/sessions/{forks[0]['session_id']}").json()["turns"] == 2
 
 
-def test_export_and_import(client: TestClient, session: str, network: AFTForCausalLM, tokenizer: Tokenizer) -> None:
+def test_forks_over_the_quota_leave_nothing(network: LanguageModel, tokenizer: Tokenizer) -> None:
+    app = create_app(LLMEngine(network, tokenizer), sessions_config=SessionsConfig(max_sessions=5))
+    with TestClient(app) as client:
+        name = new(client)
+        turn(client, name, "The fox")
+        refused = client.post(f"/sessions/{name}/fork", json={"n": 10})
+        assert refused.status_code == 429
+        assert [found["session_id"] for found in client.get("/sessions").json()["sessions"]] == [name]
+        assert len(client.post(f"/sessions/{name}/fork", json={"n": 4}).json()["sessions"]) == 4
+        assert len(client.get("/sessions").json()["sessions"]) == 5
+
+
+def test_export_and_import(client: TestClient, session: str, network: LanguageModel, tokenizer: Tokenizer) -> None:
     turn(client, session, "The fox")
     exported = client.get(f"/sessions/{session}/export")
     assert exported.headers["content-type"] == "application/octet-stream"
@@ -108,6 +124,21 @@ def test_export_and_import(client: TestClient, session: str, network: AFTForCaus
     damaged = client.post("/sessions/import", content=exported.content[:-3])
     assert damaged.status_code == 422
     assert damaged.json()["error"].startswith("The conversation is damaged")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_was_exported_can_come_back_whatever_the_limit(variant: Variant, tokenizer: Tokenizer) -> None:
+    model = random_model(tiny_config(variant, n_layer=6))
+    with TestClient(create_app(LLMEngine(model, tokenizer), APIConfig(max_body_size=200))) as client:
+        name = new(client)
+        turn(client, name, "The fox")
+        exported = client.get(f"/sessions/{name}/export").content
+        assert client.post("/sessions/import", content=exported).status_code == 201
+        larger = client.post("/sessions/import", content=exported * 3)
+        assert larger.status_code == 413
+        most = client.app.state.context.engine.info.file_bytes  # type: ignore[attr-defined]
+        assert larger.json()["error"] == f"The body must have at most {most} bytes."
+        assert client.post("/generate", json={"inputs": "a" * 200}).status_code == 413
 
 
 def test_refusals(client: TestClient, session: str) -> None:
@@ -154,8 +185,8 @@ def test_a_refused_turn_leaves_the_session_free_and_as_it_was(client: TestClient
     turn(client, session, " and")
 
 
-def test_keys_have_their_own_sessions_and_quotas(network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    store = SQLiteStore(tmp_path / "sessions.sqlite")
+def test_keys_have_their_own_sessions_and_quotas(network: LanguageModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
     app = create_app(
         LLMEngine(network, tokenizer), APIConfig(api_keys=("one", "two")), None, store, SessionsConfig(max_sessions=1)
     )
@@ -173,7 +204,7 @@ def test_keys_have_their_own_sessions_and_quotas(network: AFTForCausalLM, tokeni
 
 @needs_redis
 def test_without_redis_sessions_get_503_and_others_are_served(
-    network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path
+    network: LanguageModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with RedisServer(tmp_path) as redis:
         app = create_app(LLMEngine(network, tokenizer), store=open_store(redis.url))
@@ -195,10 +226,28 @@ def test_without_redis_sessions_get_503_and_others_are_served(
             assert client.get(f"/sessions/{name}").json()["turns"] == 2
 
 
-def test_sessions_survive_the_server(network: AFTForCausalLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_damaged_store_gives_503_and_others_are_served(
+    network: LanguageModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "sessions.sqlite"
+    with TestClient(create_app(LLMEngine(network, tokenizer), store=SQLiteSessionStore(path))) as client:
+        name = new(client)
+    damage(path)
+    with TestClient(create_app(LLMEngine(network, tokenizer), store=SQLiteSessionStore(path))) as client:
+        for answer in (
+            client.get("/sessions"),
+            client.get(f"/sessions/{name}"),
+            client.post("/sessions"),
+            client.post("/generate", json={"inputs": "The fox", "session_id": name}),
+        ):
+            assert (answer.status_code, answer.json()["error_type"]) == (503, "overloaded")
+        assert client.post("/generate", json={"inputs": "The fox"}).status_code == 200
+
+
+def test_sessions_survive_the_server(network: LanguageModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
     texts, name = [], ""
     for _ in range(2):
-        store = SQLiteStore(tmp_path / "sessions.sqlite")
+        store = SQLiteSessionStore(tmp_path / "sessions.sqlite")
         with TestClient(create_app(LLMEngine(network, tokenizer), store=store)) as client:
             name = name or new(client)
             texts.append(turn(client, name, "The fox"))

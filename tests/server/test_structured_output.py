@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
+import torch
 
 from model import Tokenizer
 from model.sampling import Grammar
@@ -22,13 +23,18 @@ def test_a_matcher_follows_the_text(compiler: GrammarCompiler, tokenizer: Tokeni
     (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
     assert {b"a"} <= {tokenizer.token_bytes[i] for i in matcher.allowed().nonzero().flatten().tolist()} <= {b"a", b"ab"}
     fork = matcher.copy()
-    matcher.accept(a)
+    matcher.observe(a)
     assert matcher.allowed()[b]
     assert matcher.allowed()[tokenizer.end_of_text_id]
     assert not matcher.is_complete
     assert not fork.allowed()[b]
+    logits = torch.zeros(tokenizer.vocab_size)
+    matcher.adjust(logits)
+    assert torch.equal(logits == 0, matcher.allowed())
+    matcher.observe(tokenizer.end_of_text_id)
+    assert matcher.is_complete
     with pytest.raises(GenerationError, match="The grammar failed"):
-        fork.accept(b)
+        fork.observe(b)
 
 
 def test_a_grammar_may_need_characters_that_the_vocabulary_lacks(
@@ -38,7 +44,7 @@ def test_a_grammar_may_need_characters_that_the_vocabulary_lacks(
     for byte in "😀".encode():
         (token_id,) = matcher.allowed().nonzero().flatten().tolist()
         assert tokenizer.token_bytes[token_id] == bytes([byte])
-        matcher.accept(token_id)
+        matcher.observe(token_id)
     assert matcher.is_complete
 
 

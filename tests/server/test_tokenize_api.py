@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 from fastapi.testclient import TestClient
@@ -11,6 +14,7 @@ from model import SentencePieceTokenizer, Tokenizer
 from model.tokenizer import END_OF_TEXT
 from server.api.chat_template import ChatTemplate
 from server.api.tokenize import placed
+from server.engine.async_engine import LONG_PROMPT
 from server.errors import ConfigurationError, InvalidRequestError
 
 TEXT = "The fox\u2019s 你 été"
@@ -77,6 +81,31 @@ def test_refusals(client: TestClient) -> None:
         response = client.post(path, json=body)
         assert response.status_code == 422
         assert response.json() == {"error": sentence, "error_type": "validation"}
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/generate", "/v1/completions", "/v1/chat/completions"])
+def test_a_long_text_to_tokenize_does_not_hold_up_others(path: str, client: TestClient, tokenizer: Tokenizer) -> None:
+    """It is tokenised only once another request, sent after it, has been answered."""
+    begun, answered, encode = threading.Event(), threading.Event(), tokenizer.encode
+
+    def held_up(text: str) -> list[int]:
+        begun.set()
+        assert answered.wait(60), "nobody was answered"
+        return encode(text)
+
+    text = "x" * (LONG_PROMPT + 1)
+    bodies: dict[str, Any] = {
+        "/tokenize": {"inputs": text},
+        "/generate": {"inputs": text, "parameters": {"max_new_tokens": 1}},
+        "/v1/completions": {"prompt": text, "max_tokens": 1},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}], "max_tokens": 1},
+    }
+    with mock.patch.object(tokenizer, "encode", held_up), ThreadPoolExecutor(1) as pool:
+        long = pool.submit(client.post, path, json=bodies[path])
+        assert begun.wait(60)
+        assert client.get("/health").status_code == 200
+        answered.set()
+        assert long.result().status_code == 200
 
 
 def test_tokenizer_info(client: TestClient) -> None:

@@ -10,11 +10,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.context import Context
+from server.api.messages import as_template_input
+from server.api.openai.errors import FINISH_REASONS, error_event
 from server.api.openai.protocol import ChatCompletionRequest
 from server.api.openai.serving import (
     Call,
-    as_template_input,
-    error_event,
+    admit,
     open_call,
     sampling_params,
     token_name,
@@ -27,14 +28,15 @@ KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
 
 async def chat_completions(context: Context, http_request: Request, body: ChatCompletionRequest) -> Response:
-    messages, tokenizer = as_template_input(body.messages), context.engine.engine.tokenizer
-    prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
-    params = sampling_params(
-        body,
-        max_tokens=body.max_completion_tokens or body.max_tokens or _default_max_tokens(context, prompt),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    call = await open_call(context, http_request, body, [prompt], params, "chatcmpl")
+    messages, tokenizer = as_template_input(body.messages), context.engine.info.tokenizer
+    with admit(context, http_request, body) as admission:
+        prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
+        params = sampling_params(
+            body,
+            max_tokens=body.max_completion_tokens or body.max_tokens or _default_max_tokens(context, prompt),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        call = await open_call(context, http_request, admission, body, [prompt], params, "chatcmpl")
     if body.stream:
         return await event_answer(http_request, call.streams, _events(call, body), error_event)
 
@@ -47,7 +49,7 @@ async def chat_completions(context: Context, http_request: Request, body: ChatCo
 
 def _default_max_tokens(context: Context, prompt: list[int]) -> int:
     """No client that leaves it out wants an error, if the prompt leaves room for anything."""
-    return max(1, min(DEFAULT_MAX_TOKENS, context.engine.engine.max_model_len - len(prompt)))
+    return max(1, min(DEFAULT_MAX_TOKENS, context.engine.info.max_model_len - len(prompt)))
 
 
 def _choice(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def _fields(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[s
     fields = {
         "index": text.index,
         "logprobs": {"content": [_logprob(call, token) for token in text.tokens]} if body.logprobs else None,
-        "finish_reason": ended.openai_name if ended else None,
+        "finish_reason": FINISH_REASONS[ended] if ended else None,
         "stop_reason": text.stop_reason,
     }
     return fields | ({"token_ids": text.token_ids} if body.return_token_ids else {})

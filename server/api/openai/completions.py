@@ -9,11 +9,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.context import Context
+from server.api.openai.errors import FINISH_REASONS, error_event
 from server.api.openai.protocol import CompletionRequest
 from server.api.openai.serving import (
     Call,
     TextOffsets,
-    error_event,
+    admit,
     open_call,
     sampling_params,
     token_name,
@@ -35,10 +36,17 @@ async def completions(context: Context, http_request: Request, body: CompletionR
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    add_special_tokens = body.add_special_tokens is not False
-    call = await open_call(
-        context, http_request, body, body.prompt, params, "cmpl", add_special_tokens=add_special_tokens
-    )
+    with admit(context, http_request, body, len(body.prompt)) as admission:
+        call = await open_call(
+            context,
+            http_request,
+            admission,
+            body,
+            body.prompt,
+            params,
+            "cmpl",
+            add_special_tokens=body.add_special_tokens is not False,
+        )
     if body.stream:
         return await event_answer(http_request, call.streams, _events(call, body), error_event)
 
@@ -85,7 +93,7 @@ class _ChoiceWriter:
             "index": self.index,
             "text": before + text.text,
             "logprobs": None if self.body.logprobs is None else self._logprobs(scored),
-            "finish_reason": text.finish_reason.openai_name if text.finish_reason else None,
+            "finish_reason": FINISH_REASONS[text.finish_reason] if text.finish_reason else None,
             "stop_reason": text.stop_reason,
             **fields,
         }

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, WithJsonSchema, model_validator
 
-from server.api.validation import Body, SessionName, StopSequence
+from server.api.messages import Message
+from server.api.validation import INT32, Body, SessionName, StopSequence, TokenId
 
 MAX_STOP_SEQUENCES = 16
 MAX_N = 128
 MAX_LOGPROBS = 20
-INT32 = 2**31 - 1
-TokenId = Annotated[int, Field(ge=0, le=INT32)]
 
 
 def _to_prompts(value: Any) -> Any:
@@ -35,16 +34,6 @@ def _is_ids(value: Any) -> bool:
 
 def _to_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-def _to_text(value: Any) -> Any:
-    """The content of a message: a text, or parts that must all be texts."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError("content must be a text, or parts of type text")
-    return "".join(part["text"] for part in value)
 
 
 _TEXT = {"type": "string"}
@@ -77,25 +66,6 @@ Stop = Annotated[
                     "maxItems": MAX_STOP_SEQUENCES,
                 },
                 {"type": "null"},
-            ]
-        }
-    ),
-]
-Content = Annotated[
-    str,
-    BeforeValidator(_to_text),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                _TEXT,
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {"type": {"const": "text"}, "text": _TEXT},
-                        "required": ["type", "text"],
-                    },
-                },
             ]
         }
     ),
@@ -226,19 +196,6 @@ class CompletionRequest(GenerationRequest):
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
             raise ValueError("best_of above n is not possible in a stream")
         return self
-
-
-class Message(Body):
-    """name goes to the chat template. What a client copies from an earlier answer has no effect."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: str | None = None
-    refusal: str | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
 
 
 class ChatCompletionRequest(GenerationRequest):

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.context import Context, ContextOf
-from server.api.errors import OPENAI_RESPONSES
+from server.api.context import Context, ContextOf, check_model
 from server.api.openai import chat, completions
+from server.api.openai.errors import RESPONSES
 from server.api.openai.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -18,7 +18,6 @@ from server.api.openai.protocol import (
     ModelCard,
     ModelList,
 )
-from server.api.openai.serving import check_model
 from server.api.streaming import EVENT_STREAM
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -33,7 +32,7 @@ STREAM: dict[str, Any] = {
 @router.post(
     "/completions",
     response_model=CompletionResponse,
-    responses={200: STREAM, **OPENAI_RESPONSES},
+    responses={200: STREAM, **RESPONSES},
 )
 async def create_completion(body: CompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """Texts that go on from one prompt or several: a JSON object, or chunks if `stream` is true."""
@@ -43,20 +42,20 @@ async def create_completion(body: CompletionRequest, context: ContextOf, http_re
 @router.post(
     "/chat/completions",
     response_model=ChatCompletionResponse,
-    responses={200: STREAM, **OPENAI_RESPONSES},
+    responses={200: STREAM, **RESPONSES},
 )
 async def create_chat_completion(body: ChatCompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """The next message of a chat: a JSON object, or chunks if `stream` is true."""
     return await chat.chat_completions(context, http_request, body)
 
 
-@router.get("/models", responses={401: OPENAI_RESPONSES[401]})
+@router.get("/models", responses={401: RESPONSES[401]})
 def list_models(context: ContextOf) -> ModelList:
     """The one model that is served."""
     return ModelList(data=[_card(context)])
 
 
-@router.get("/models/{name:path}", responses={status: OPENAI_RESPONSES[status] for status in (400, 401, 404)})
+@router.get("/models/{name:path}", responses={status: RESPONSES[status] for status in (400, 401, 404)})
 def get_model(name: str, context: ContextOf) -> ModelCard:
     """The model, if that is its name."""
     check_model(context, name)
@@ -64,5 +63,5 @@ def get_model(name: str, context: ContextOf) -> ModelCard:
 
 
 def _card(context: Context) -> ModelCard:
-    name = context.config.model_name
-    return ModelCard(id=name, created=context.started_at, root=name, max_model_len=context.engine.engine.max_model_len)
+    name, longest = context.config.model_name, context.engine.info.max_model_len
+    return ModelCard(id=name, created=context.started_at, root=name, max_model_len=longest)

@@ -15,17 +15,17 @@ from fastapi import Request
 
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
-from server.api.context import Context
-from server.api.errors import error_body
-from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat, Message
-from server.api.streaming import Prompt, open_streams, sse
-from server.engine import RequestStream
-from server.errors import InvalidRequestError, NotFoundError
+from server.api.context import Context, check_model
+from server.api.openai.errors import DONE
+from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat
+from server.api.record import record_of
+from server.api.streaming import sse
+from server.api.submission import Prompt, Submission, open_streams
+from server.api.turns import TextStream
+from server.engine import Admission
+from server.errors import InvalidRequestError
 
-# huggingface_hub and text-generation send these whatever the model is called.
-PLACEHOLDER_NAMES = frozenset({"", "dummy", "tgi"})
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Call:
 
     body: GenerationRequest
     context: Context
-    streams: list[RequestStream]
+    streams: list[TextStream]
     answer_id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.context.engine.engine.tokenizer
+        return self.context.engine.info.tokenizer
 
     @property
     def n(self) -> int:
@@ -56,7 +56,7 @@ class Call:
             "id": self.answer_id,
             "created": self.created,
             "model": self.context.config.model_name,
-            "system_fingerprint": f"fp_{self.context.engine.engine.fingerprint.hex()[:12]}",
+            "system_fingerprint": f"fp_{self.context.engine.info.fingerprint.hex()[:12]}",
         }
 
     def usage(self) -> dict[str, Any]:
@@ -82,38 +82,42 @@ class Call:
         return told + DONE
 
 
+def admit(context: Context, http_request: Request, body: GenerationRequest, n_prompts: int = 1) -> Admission:
+    """Places for the prompts, before any work is done for them.
+
+    Raises NotFoundError for another model, InvalidRequestError for too many prompts, and as `AsyncEngine.admit`.
+    """
+    check_model(context, body.model)
+    if n_prompts > context.config.max_prompts:
+        raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {n_prompts}.")
+    if body.request_id is not None:
+        record_of(http_request).request_id = body.request_id
+    return context.engine.admit(n_prompts)
+
+
 async def open_call(
     context: Context,
     http_request: Request,
+    admission: Admission,
     body: GenerationRequest,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     prefix: str,
-    **options: Any,
+    *,
+    add_special_tokens: bool = True,
 ) -> Call:
-    """Submit the prompts. Raises NotFoundError for another model, and as `AsyncEngine.submit`."""
-    check_model(context, body.model)
-    if len(prompts) > context.config.max_prompts:
-        raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {len(prompts)}.")
-    if body.request_id is not None:
-        http_request.state.record.request_id = body.request_id
-    options |= {
-        "truncate": body.truncate_prompt_tokens,
-        "priority": body.priority or 0,
-        "cache_salt": body.cache_salt or "",
-        "session_id": body.session_id,
-    }
-    streams = await open_streams(http_request, context, prompts, params, **options)
-    return Call(body, context, streams, f"{prefix}-{http_request.state.record.request_id}")
-
-
-def as_template_input(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
-
-
-def check_model(context: Context, name: str | None) -> None:
-    if name is not None and name not in PLACEHOLDER_NAMES and name != context.config.model_name:
-        raise NotFoundError(f"There is no model {name[:100]!r} here, only {context.config.model_name!r}.")
+    """Submit the prompts, to be answered under an id that starts with `prefix`. Raises as `open_streams`."""
+    submission = Submission(
+        prompts=prompts,
+        params=params,
+        session_id=body.session_id,
+        add_special_tokens=add_special_tokens,
+        truncate=body.truncate_prompt_tokens,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+    )
+    streams = await open_streams(http_request, context, admission, submission)
+    return Call(body, context, streams, f"{prefix}-{record_of(http_request).request_id}")
 
 
 def sampling_params(body: GenerationRequest, **others: Any) -> SamplingParams:
@@ -155,10 +159,6 @@ def _grammar(body: GenerationRequest) -> Grammar | None:
     if isinstance(response_format, JSONSchemaFormat):
         return Grammar.json_schema(response_format.json_schema.schema_ or {})
     return ANY_OBJECT if isinstance(response_format, JSONObjectFormat) else None
-
-
-def error_event(error: Exception) -> bytes:
-    return sse(error_body(error, "openai")) + DONE
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:

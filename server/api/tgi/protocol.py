@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
+from server.api.tgi.errors import FinishReasonName
 from server.api.validation import Body, SessionName, StopSequence, validation_sentence
-from server.engine import FinishReason
 from server.errors import InvalidRequestError
 
 MAX_STOP_SEQUENCES = 16
@@ -142,7 +142,7 @@ class PrefillToken(BaseModel):
 
 class BestOfSequence(BaseModel):
     generated_text: str
-    finish_reason: FinishReason
+    finish_reason: FinishReasonName
     generated_tokens: int
     seed: int | None
     prefill: list[PrefillToken] = []
@@ -151,7 +151,7 @@ class BestOfSequence(BaseModel):
 
 
 class Details(BaseModel):
-    finish_reason: FinishReason
+    finish_reason: FinishReasonName
     generated_tokens: int
     seed: int | None
     cached_tokens: int = Field(description="Tokens of the inputs whose state was cached, and which were not read again")
@@ -167,7 +167,7 @@ class GenerateResponse(BaseModel):
 
 
 class StreamDetails(BaseModel):
-    finish_reason: FinishReason
+    finish_reason: FinishReasonName
     generated_tokens: int
     seed: int | None
     input_length: int

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.context import ContextOf
-from server.api.errors import TGI_RESPONSES
 from server.api.streaming import EVENT_STREAM
 from server.api.tgi import serving
+from server.api.tgi.errors import RESPONSES
 from server.api.tgi.protocol import (
     MAX_BEST_OF,
     GenerateRequest,
@@ -28,7 +28,7 @@ STREAM: dict[str, Any] = {
 router = APIRouter(tags=["text-generation-inference"])
 
 
-@router.post("/generate", response_model=GenerateResponse, responses={200: STREAM, **TGI_RESPONSES})
+@router.post("/generate", response_model=GenerateResponse, responses={200: STREAM, **RESPONSES})
 async def generate(body: GenerateRequest, context: ContextOf, http_request: Request) -> Response:
     """Generate text: a JSON object, or server-sent events if `stream` is true."""
     if body.streams:
@@ -36,13 +36,13 @@ async def generate(body: GenerateRequest, context: ContextOf, http_request: Requ
     return await serving.answer(context, http_request, body)
 
 
-@router.post("/generate_stream", response_class=Response, responses={200: STREAM, **TGI_RESPONSES})
+@router.post("/generate_stream", response_class=Response, responses={200: STREAM, **RESPONSES})
 async def generate_stream(body: StreamRequest, context: ContextOf, http_request: Request) -> Response:
     """Generate text as server-sent events, one for each token."""
     return await serving.stream(context, http_request, body)
 
 
-@router.post("/", response_model=list[GenerateResponse], responses={200: STREAM, **TGI_RESPONSES})
+@router.post("/", response_model=list[GenerateResponse], responses={200: STREAM, **RESPONSES})
 async def generate_list(body: GenerateRequest, context: ContextOf, http_request: Request) -> Response:
     """As /generate, but the JSON answer is a list of one."""
     if body.streams:
@@ -50,24 +50,23 @@ async def generate_list(body: GenerateRequest, context: ContextOf, http_request:
     return await serving.answer(context, http_request, body, as_list=True)
 
 
-@router.get("/info", responses={401: TGI_RESPONSES[401]})
+@router.get("/info", responses={401: RESPONSES[401]})
 def info(context: ContextOf) -> Info:
     """The model, the limits of requests, and what a conversation costs."""
-    engine = context.engine.engine
-    config, slots = engine.model.config, engine.pool.n_slots
+    engine = context.engine.info
     return Info(
         model_id=context.config.model_name,
         model_sha=engine.fingerprint.hex(),
-        model_dtype=config.dtype,
-        model_device_type=engine.model.device.type,
-        max_concurrent_requests=slots + engine.config.max_queue_length,
-        max_best_of=min(slots, MAX_BEST_OF),
+        model_dtype=engine.model_dtype,
+        model_device_type=engine.device_type,
+        max_concurrent_requests=engine.capacity,
+        max_best_of=min(engine.n_slots, MAX_BEST_OF),
         max_input_tokens=engine.max_model_len - 1,
         max_total_tokens=engine.max_model_len,
         max_client_batch_size=context.config.max_prompts,
         version=version("aft-server"),
-        variant=config.variant,
-        parameters=engine.num_parameters,
-        state_bytes=engine.pool.nbytes // slots,
-        kv_cache_bytes_per_token=2 * config.n_layer * config.d_model * 4,
+        variant=engine.variant,
+        parameters=engine.parameters,
+        state_bytes=engine.state_bytes,
+        kv_cache_bytes_per_token=engine.kv_cache_bytes_per_token,
     )

@@ -12,8 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
-from server.api.errors import error_body
-from server.api.streaming import event_answer, open_streams, sse, whole_answer
+from server.api.streaming import event_answer, whole_answer
+from server.api.submission import Submission, open_streams
+from server.api.tgi import errors
+from server.api.tgi.errors import FINISH_REASONS
 from server.api.tgi.protocol import (
     BestOfSequence,
     Details,
@@ -24,7 +26,8 @@ from server.api.tgi.protocol import (
     PrefillToken,
     Token,
 )
-from server.engine import Completion, RequestStream, TokenOutput, best
+from server.api.turns import TextStream
+from server.engine import Completion, TokenOutput, best
 from server.engine import Request as EngineRequest
 
 DEFAULT_MAX_NEW_TOKENS = 100
@@ -66,7 +69,7 @@ async def answer(context: Context, http_request: Request, body: GenerateRequest,
     (stream,) = streams = await _open(context, http_request, body)
 
     def respond(completions: list[list[Completion]]) -> Response:
-        found = whole(body, stream, completions[0], context.engine.engine.tokenizer)
+        found = whole(body, stream, completions[0], context.engine.info.tokenizer)
         content = found.model_dump(exclude_none=not body.given.details)
         return JSONResponse([content] if as_list else content)
 
@@ -75,19 +78,23 @@ async def answer(context: Context, http_request: Request, body: GenerateRequest,
 
 async def stream(context: Context, http_request: Request, body: GenerateRequest) -> Response:
     streams = await _open(context, http_request, body)
-    events = _events(body, streams[0], context.engine.engine.tokenizer)
-    return await event_answer(http_request, streams, events, lambda error: _sse(error_body(error, "tgi")))
+    events = _events(body, streams[0], context.engine.info.tokenizer)
+    return await event_answer(http_request, streams, events, errors.error_event)
 
 
-async def _open(context: Context, http_request: Request, body: GenerateRequest) -> list[RequestStream]:
-    params = sampling_params(body.given)
-    return await open_streams(
-        http_request, context, [body.inputs], params, session_id=body.session_id, truncate=body.given.truncate
+async def _open(context: Context, http_request: Request, body: GenerateRequest) -> list[TextStream]:
+    submission = Submission(
+        prompts=[body.inputs],
+        params=sampling_params(body.given),
+        session_id=body.session_id,
+        truncate=body.given.truncate,
     )
+    with context.engine.admit() as admission:
+        return await open_streams(http_request, context, admission, submission)
 
 
 def whole(
-    body: GenerateRequest, stream: RequestStream, completions: list[Completion], tokenizer: Tokenizer
+    body: GenerateRequest, stream: TextStream, completions: list[Completion], tokenizer: Tokenizer
 ) -> GenerateResponse:
     (chosen,) = best(completions, 1)
     result = GenerateResponse(generated_text=body.prefix + chosen.text)
@@ -105,7 +112,7 @@ def whole(
 def details(text: Completion, params: SamplingParams, num_cached_tokens: int, tokenizer: Tokenizer) -> Details:
     assert text.finish_reason is not None
     return Details(
-        finish_reason=text.finish_reason,
+        finish_reason=FINISH_REASONS[text.finish_reason],
         generated_tokens=len(text.tokens),
         seed=_told_seed(params, text.index),
         cached_tokens=num_cached_tokens,
@@ -128,20 +135,20 @@ def prefill(request: EngineRequest, tokenizer: Tokenizer) -> list[PrefillToken]:
     return [first, *rest]
 
 
-async def _events(body: GenerateRequest, stream: RequestStream, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
+async def _events(body: GenerateRequest, stream: TextStream, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
     """An event for each token; those that came together are sent together."""
     text = Completion(0)
     while outputs := await stream.read():
         events = []
         for output in outputs:
             text.add(output)
-            events.append(_sse(event(body, stream.request, text, tokenizer)))
+            events.append(errors.event(event(body, stream.request, text, tokenizer)))
         yield b"".join(events)
 
 
 def event(body: GenerateRequest, request: EngineRequest, text: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     """The StreamEvent of the last token of the text so far. Plain dictionaries: one is made for every token."""
-    token, ended = text.tokens[-1], text.finish_reason is not None
+    token, ended = text.tokens[-1], text.finish_reason
     content = {
         "index": len(text.tokens),
         "token": _token(token),
@@ -152,17 +159,13 @@ def event(body: GenerateRequest, request: EngineRequest, text: Completion, token
         content["top_tokens"] = _top_tokens(token, tokenizer)
     if ended and body.given.details:
         content["details"] = {
-            "finish_reason": text.finish_reason,
+            "finish_reason": FINISH_REASONS[ended],
             "generated_tokens": len(text.tokens),
             "seed": _told_seed(request.params, text.index),
             "input_length": request.num_prompt_tokens,
             "cached_tokens": request.num_cached_tokens,
         }
     return content
-
-
-def _sse(content: object) -> bytes:
-    return sse(content, "data:")
 
 
 def _token(token: TokenOutput) -> dict[str, Any]:

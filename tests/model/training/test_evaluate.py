@@ -7,12 +7,18 @@ import pytest
 import torch
 
 from model import Tokenizer
+from model.tokenizer import HuggingFaceTokenizer
 from model.training.evaluate import bits_per_character
-from tests.conftest import STORIES, random_model, tiny_config
+from tests.conftest import STORIES, byte_level_tokenizer, random_model, tiny_config
+
+BYTE_LEVEL = HuggingFaceTokenizer(byte_level_tokenizer(400).to_str().encode())
 
 
-def test_bits_per_character_are_those_of_each_text_read_alone(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("starts_texts", [True, False])
+def test_bits_per_character_are_those_of_each_text_read_alone(starts_texts: bool, tokenizer: Tokenizer) -> None:
     """Padding, order and batch size do not matter; the end of text is not counted."""
+    tokenizer = tokenizer if starts_texts else BYTE_LEVEL
+    assert tokenizer.starts_texts == starts_texts
     model = random_model(tiny_config())
     nats = 0.0
     for story in STORIES:

@@ -8,12 +8,11 @@ from unittest import mock
 import pytest
 import torch
 
-from model import Tokenizer
+from model import AFTForCausalLM, Tokenizer
 from model.errors import CheckpointError, ConfigError
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents
 from model.training.trainer import STATE_FILE, Record, Trainer, parameter_groups
-from model.transformer import AFTForCausalLM
 from tests.conftest import STORIES, tiny_config
 
 CONFIG = TrainingConfig(

@@ -1,0 +1,64 @@
+"""The architectures that can be run: a file for each, with all that is special about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.families.aft import AFTForCausalLM
+from model.families.rwkv4 import RWKV4ForCausalLM
+from model.language_model import LanguageModel
+
+FAMILIES: dict[str, type[LanguageModel]] = {
+    family.config_class.family: family for family in (AFTForCausalLM, RWKV4ForCausalLM)
+}
+
+
+def family_of(config: ModelConfig) -> type[LanguageModel]:
+    return FAMILIES[config.family]
+
+
+def architectures() -> dict[str, tuple[type[LanguageModel], dict[str, Any]]]:
+    """By name: a family, and the fields that make it that architecture."""
+    return {
+        name: (family, fields)
+        for family in FAMILIES.values()
+        for name, fields in family.config_class.architectures().items()
+    }
+
+
+def fields_to_choose(defaults: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, None, str]]:
+    """Of all families, those that who makes a new model chooses: type, None, and what it is.
+
+    defaults: what a field is that is not given, to be told.
+    """
+    chosen = {}
+    for family in FAMILIES.values():
+        types = get_type_hints(family.config_class)
+        for field in dataclasses.fields(family.config_class):
+            if text := field.metadata.get("text"):
+                default = (defaults or {}).get(field.name)
+                text = text if default is None else f"{text} {default} if left out."
+                chosen[field.name] = (types[field.name] | None, None, text)
+    return chosen
+
+
+def config_of(architecture: str, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
+    """A new model's. defaults: of fields that are not given, where the family has them. Raises ConfigError."""
+    family, own = architectures()[architecture]
+    known = {field.name for field in dataclasses.fields(family.config_class)}
+    kept = {name: value for name, value in defaults.items() if name in known}
+    return family.config_class.from_dict({**kept, **fields, **own})
+
+
+def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
+    """The configuration that config.json holds; "model_type" names its family. Raises ConfigError."""
+    for family in FAMILIES.values():
+        fields = family.config_fields(fields)
+    name = fields.get("model_type")
+    if name not in FAMILIES:
+        raise ConfigError(f'"model_type" must be one of {", ".join(FAMILIES)}, not {name!r}.')
+    return FAMILIES[name].config_class.from_dict({k: v for k, v in fields.items() if k != "model_type"})

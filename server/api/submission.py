@@ -1,0 +1,97 @@
+"""From what a body asks for to streams of the engine: all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from model.sampling import SamplingParams
+from server.api.context import Context, owner_of
+from server.api.record import record_of
+from server.api.turns import TextStream, TurnStream, close
+from server.engine import Admission, Conversation, RequestStream
+from server.errors import InvalidRequestError
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a body of any contract asks of the engine, as `AsyncEngine.submit` takes it.
+
+    session_id: of the session whose next turn this is; it then has one prompt, and one text.
+    """
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    session_id: str | None = None
+    add_special_tokens: bool = True
+    truncate: int | None = None
+    priority: int = 0
+    cache_salt: str = ""
+
+
+async def open_streams(
+    http_request: Request, context: Context, admission: Admission, submission: Submission
+) -> list[TextStream]:
+    """A stream for each prompt, all or none. Raises as `AsyncEngine.submit` and `Sessions.begin_turn`."""
+    if submission.session_id is not None:
+        return [await _open_turn(http_request, context, admission, submission, submission.session_id)]
+    streams: list[TextStream] = []
+    try:
+        for prompt in submission.prompts:  # one by one: those before an error must be closed
+            stream = await _submit(http_request, context, admission, submission, prompt)
+            streams.append(stream)
+    except BaseException:
+        close(streams)
+        raise
+    return streams
+
+
+async def _open_turn(
+    http_request: Request, context: Context, admission: Admission, submission: Submission, session_id: str
+) -> TurnStream:
+    if len(submission.prompts) != 1 or submission.params.n_generated != 1:
+        raise InvalidRequestError("A turn of a session has one prompt and one text.")
+    (prompt,) = submission.prompts
+    turn = await context.sessions.begin_turn(session_id, owner_of(http_request))
+    try:
+        # Only the first turn follows the token that starts every text.
+        start_id = context.engine.info.tokenizer.end_of_text_id
+        if turn.start is not None and isinstance(prompt, list) and prompt[:1] == [start_id]:
+            prompt = prompt[1:]
+        stream = await _submit(
+            http_request, context, admission, submission, prompt, start=turn.start, keep_conversation=True
+        )
+    except BaseException:
+        turn.release()
+        raise
+    return TurnStream(stream, turn)
+
+
+async def _submit(
+    http_request: Request,
+    context: Context,
+    admission: Admission,
+    submission: Submission,
+    prompt: Prompt,
+    *,
+    start: Conversation | None = None,
+    keep_conversation: bool = False,
+) -> RequestStream:
+    stream = await context.engine.submit(
+        prompt,
+        submission.params,
+        admission=admission,
+        add_special_tokens=submission.add_special_tokens and start is None,
+        truncate=submission.truncate,
+        priority=submission.priority,
+        timeout=context.config.request_timeout,
+        cache_salt=submission.cache_salt,
+        start=start,
+        keep_conversation=keep_conversation,
+    )
+    record_of(http_request).streams.append(stream)
+    return stream

@@ -1,0 +1,84 @@
+"""What a contract owns, and that another one needs nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import APIRouter
+from fastapi.testclient import TestClient
+
+from model import LanguageModel, Tokenizer
+from server.api import app
+from server.api.config import APIConfig
+from server.api.contracts import Contract
+from server.api.errors import STATUSES, Problem
+from server.api.openai.errors import FINISH_REASONS as OPENAI_FINISH_REASONS
+from server.api.openai.errors import NAMES
+from server.api.tgi.errors import FINISH_REASONS, TYPES
+from server.api.validation import Body
+from server.engine import FinishReason, LLMEngine
+from server.errors import InvalidRequestError, OverloadedError
+from tests.test_layers import imported
+
+API = Path(app.__file__).parent
+router = APIRouter(prefix="/v1/messages")
+
+
+class Poem(Body):
+    lines: int
+
+
+@router.post("")
+def write(poem: Poem) -> str:
+    if poem.lines > 100:
+        raise OverloadedError("Too long.")
+    return "roses" * poem.lines
+
+
+def body(problem: Problem) -> dict[str, Any]:
+    return {"type": "error", "kind": problem.kind.__name__, "about": problem.field, "says": problem.sentence}
+
+
+POETRY = Contract(
+    router=router, prefixes=("/v1/messages",), error_body=body, statuses={OverloadedError: 529}, responses={400: {}}
+)
+
+
+def test_a_new_contract_is_one_entry(
+    network: LanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "CONTRACTS", (*app.CONTRACTS, POETRY))
+    made = app.create_app(LLMEngine(network, tokenizer), APIConfig(api_keys=("key",), max_body_size=100))
+    with TestClient(made, headers={"Authorization": "Bearer key"}) as client:
+        assert client.post("/v1/messages", json={"lines": 1}).json() == "roses"
+        assert "422" not in client.get("/openapi.json").json()["paths"]["/v1/messages"]["post"]["responses"]
+        for sent, path, status, kind, field in (
+            ({"lines": "a"}, "/v1/messages", 422, "RequestValidationError", "lines"),
+            ({"lines": 101}, "/v1/messages", 529, "OverloadedError", None),
+            ({"lines": 1}, "/v1/messages/none", 404, InvalidRequestError.__name__, None),
+            ({"lines": "a" * 100}, "/v1/messages", 413, "PayloadTooLargeError", None),
+        ):
+            answer = client.post(path, json=sent)
+            assert answer.status_code == status
+            assert answer.json().keys() == {"type", "kind", "about", "says"}
+            assert (answer.json()["kind"], answer.json()["about"]) == (kind, field)
+        nobody = client.post("/v1/messages", json={"lines": 1}, headers={"Authorization": "Bearer lock"})
+        assert (nobody.status_code, nobody.json()["kind"]) == (401, "UnauthorizedError")
+        assert set(client.get("/v1/none").json()["error"]) == {"message", "type", "param", "code"}
+        assert set(client.get("/none").json()) == {"error", "error_type"}
+
+
+def test_each_contract_has_a_name_for_everything() -> None:
+    assert set(TYPES) == set(NAMES) == set(STATUSES)
+    assert set(FINISH_REASONS) == set(OPENAI_FINISH_REASONS) == set(FinishReason)
+
+
+def test_contracts_depend_on_no_other_and_nothing_else_on_them() -> None:
+    contracts = {folder.parent.name for folder in API.glob("*/contract.py")}
+    assert len(contracts) == len(app.CONTRACTS)
+    for path in API.rglob("*.py"):
+        if path != API / "app.py":
+            others = contracts - set(path.relative_to(API).parts)
+            assert not [name for name in imported(path) for other in others if name.startswith(f"server.api.{other}")]
