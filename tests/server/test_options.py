@@ -75,6 +75,8 @@ def test_every_field_has_an_option() -> None:
         "b  c",
         "--kind",
         "json",
+        "--form",
+        "flat",
         "--exact",
     ]
     inner = Inner(memory_bytes=3 * 2**20, cache=0, words=("b", "c"))
