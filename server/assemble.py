@@ -1,4 +1,4 @@
-"""The application of a server's settings, put together."""
+"""What a server's settings say, put together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.families import family_of
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.config import ServerConfig
-from server.engine import LLMEngine
+from server.engine import LLM, LLMEngine
 from server.logs import configure_logging
 from server.stores import open_prefix_store, open_store
 from server.threads import use_threads
@@ -35,6 +35,12 @@ def assemble(config: ServerConfig) -> FastAPI:
         config.sessions,
         open_prefix_store(config.store, config.prefix_store) if config.store and config.prefix_store else None,
     )
+
+
+def load_llm(config: ServerConfig) -> LLM:
+    """The engine of these settings, without a server. Raises ModelError and ConfigurationError."""
+    use_threads(config.threads)
+    return LLM(config.model, config.engine, device=config.device)
 
 
 def state_bytes(checkpoint: Path) -> int | None:

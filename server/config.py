@@ -54,7 +54,7 @@ class ServerConfig:
             raise ConfigurationError("prefix_store needs store, an SQLite file or a Redis; set it or leave both out.")
         if self.prefix_store and not self.engine.prefix_cache_bytes:
             raise ConfigurationError(
-                "prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1."
+                "prefix_store keeps what leaves the prefix cache, so prefix_cache must be at least 1 MiB."
             )
 
     @property

@@ -21,24 +21,26 @@ WORDS = tuple[str, ...]  # on a command line one text, separated by spaces
 
 
 def options_of(
-    source: Callable[..., Any], texts: Mapping[str, str] | None = None, more: Sequence[Parameter] = ()
+    source: Callable[..., Any],
+    *,
+    only: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None,
+    more: Sequence[Parameter] = (),
 ) -> Callable[[Command], Command]:
     """Give a command the options of `source`: a config with those in it, or a function that has been given some.
 
-    A parameter without a default that is named as one becomes that option. `**options` becomes all of them, in their
-    order, before the command's own options. texts: of fields that are no settings; more: further options.
+    They are its `**options`, in their order, before the command's own; a keyword of one's name is that option, too.
+    only: names of those that it takes; texts: of fields that are no settings; more: further
+    options, which come first.
     """
-    options = {given.name: given for given in (*_options(source, texts or {}), *more)}
+    found = {given.name: given for given in (*more, *_options(source, texts or {}))}
+    options = {name: found[name] for name in only} if only else found
 
     def decorate(command: Command) -> Command:
-        own = inspect.signature(command, eval_str=True).parameters
-        parameters = {name: p for name, p in own.items() if p.kind is Parameter.POSITIONAL_OR_KEYWORD}
-        if any(p.kind is Parameter.VAR_KEYWORD for p in own.values()):
-            parameters |= options
-        for name, p in own.items():
-            if p.kind is not Parameter.VAR_KEYWORD:
-                parameters[name] = options.get(name, p) if p.default is Parameter.empty else p
-        command.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        arguments = [p for p in own if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+        others = [p for p in own if p.kind is Parameter.KEYWORD_ONLY and p.name not in options]
+        command.__signature__ = Signature([*arguments, *options.values(), *others])  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -93,9 +95,8 @@ def option_of(setting: Setting, kind: Any, default: Any) -> Parameter:
 
 
 def option(name: str, kind: Any, default: Any, text: str, choices: Sequence[str] = ()) -> Parameter:
-    """An option of a command. choices: the values that it may have, if not all."""
+    """An option of a command. choices: the values that it may have besides None, if not all of `kind`."""
     if choices:
-        chosen: Any = Literal.__getitem__(tuple(choices))
-        kind = chosen | None if default is None else chosen
-    annotation = Annotated[kind, typer.Option(help=text)]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        kind = Literal[tuple(choices)]
+        kind = kind if default is not None else kind | None
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=text)])

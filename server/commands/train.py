@@ -46,15 +46,13 @@ HELP = {
 
 
 DEFAULTS = {"d_model": 256, "n_layer": 6, "n_head": 16}  # of an architecture, where it has them
-
-
 ARCHITECTURE = [
-    option("variant", str, "conv", "Architecture.", list(architectures())),
+    option("variant", str, "conv", "Architecture.", tuple(architectures())),
     *(option(name, *of) for name, of in fields_to_choose(DEFAULTS).items()),
 ]
 
 
-@options_of(TrainingConfig, HELP, ARCHITECTURE)
+@options_of(TrainingConfig, texts=HELP, more=ARCHITECTURE)
 def train(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],
@@ -66,6 +64,7 @@ def train(
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a new tokenizer.")] = 2048,
     *,
+    variant: str,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile; needs a C++ compiler.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run whose state lies in the folder.")] = False,
@@ -77,7 +76,7 @@ def train(
     """
     target = choose_device(device)
     init_processes(target)
-    variant, shape = settings.pop("variant"), {name: settings.pop(name) for name in fields_to_choose()}
+    shape = {name: settings.pop(name) for name in fields_to_choose()}
     config = TrainingConfig(data=tuple(Source.parse(text) for text in data), compile=compile_loss, **settings)
     console = Console(quiet=process_rank() > 0)
     documents = [read_documents(source.path) for source in config.data]

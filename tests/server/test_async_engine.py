@@ -234,7 +234,7 @@ def test_draining_lets_running_requests_end_and_takes_no_more(tokenizer: Tokeniz
     in_engine(tokenizer, main)
 
 
-@mock.patch("server.engine.async_engine.MAX_UNREAD", 10**6)  # however long the end takes
+@mock.patch("server.engine.request_stream.MAX_UNREAD", 10**6)  # however long the end takes
 def test_stopping_ends_what_is_still_there(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
         stream = await engine.submit("the fox", ENDLESS)

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from model import LanguageModel, Tokenizer, save_checkpoint
+from server.api.config import APIConfig
 from server.assemble import state_bytes
 from server.commands.main import app
+from server.config import ServerConfig, server_config
 from server.engine import EngineConfig, LLMEngine
 from server.errors import ConfigurationError
 
@@ -36,6 +39,31 @@ def test_mistakes_are_a_sentence() -> None:
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "server.deploy.replicas", None)
     assert refusal("--ray") == "ray needs Ray Serve: pip install 'ray[serve]'."
+
+
+def config_of(*arguments: str) -> ServerConfig:
+    command = typer.Typer()
+    command.command()(server_config)
+    config: ServerConfig = command(arguments, standalone_mode=False)
+    return config
+
+
+def test_a_config_holds_in_any_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in that of another process, which does not read the file of keys."""
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    monkeypatch.chdir(tmp_path)
+    config = config_of(
+        "--model", "mine", *STORE, "--api-keys", "zero", "--api-key-file", "keys", "--max-body-size", "3"
+    )
+    assert (config.model, config.store) == (tmp_path / "mine", str(tmp_path / "sessions.sqlite"))
+    assert config.api == APIConfig(model_name="mine", api_keys=("zero", "one", "two"), max_body_size=3 * 2**20)
+    config = config_of("--served-model-name", "theirs", "--store", "redis://host")
+    assert (config.api.model_name, config.api.api_keys, config.store) == ("theirs", (), "redis://host")
+
+
+def test_no_key_where_keys_are_asked_for_is_refused() -> None:
+    """Or an empty variable of a script would open the server."""
+    assert refusal("--api-keys", "").startswith("api_keys and api_key_file hold no key")
 
 
 @pytest.mark.parametrize("n_states", [1, 2, 100])

@@ -32,6 +32,7 @@ class Outer:
     port: int = setting(80, "A port.", at_least=0, at_most=65535)
     inner: Inner = field(default_factory=Inner)
     kind: Literal["text", "json"] = setting("text", "A kind.")
+    form: str | None = setting(None, "A form.", choices=("round", "flat"))
     exact: bool = setting(False, "Whether.")
     hidden: int = 3
 
@@ -45,9 +46,9 @@ def outer(*, loud: Annotated[bool, typer.Option(help="The command's own.")] = Fa
     return make(Outer, options)
 
 
-@options_of(Outer)
-def some(text: Annotated[str, typer.Argument(help="Not an option.")], *, memory: int, name: str | None) -> Any:
-    return text, memory, name
+@options_of(Outer, only=("memory", "name"))
+def some(text: Annotated[str, typer.Argument(help="Not an option.")], *, name: str | None, **options: Any) -> Any:
+    return text, name, options
 
 
 def run(command: Any, *arguments: str) -> Any:
@@ -74,10 +75,12 @@ def test_every_field_has_an_option() -> None:
         "b  c",
         "--kind",
         "json",
+        "--form",
+        "flat",
         "--exact",
     ]
     inner = Inner(memory_bytes=3 * 2**20, cache=0, words=("b", "c"))
-    assert run(outer, *given) == Outer(name="a", port=0, inner=inner, kind="json", exact=True)
+    assert run(outer, *given) == Outer(name="a", port=0, inner=inner, kind="json", form="flat", exact=True)
 
 
 def test_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +91,14 @@ def test_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(outer, "--memory", "4").inner.memory_bytes == 4 * 2**20  # a flag wins
 
 
+def test_a_value_that_is_no_choice_is_no_option() -> None:
+    with pytest.raises(Exception, match="'bent' is not one of 'round', 'flat'"):
+        run(outer, "--form", "bent")
+
+
 def test_a_command_may_name_those_that_it_takes() -> None:
-    assert run(some, "a") == ("a", 1, None)
-    assert run(some, "a", "--memory", "2", "--name", "b") == ("a", 2, "b")
+    assert run(some, "a") == ("a", None, {"memory": 1})
+    assert run(some, "a", "--memory", "2", "--name", "b") == ("a", "b", {"memory": 2})
     with pytest.raises(Exception, match="No such option"):
         run(some, "a", "--port", "2")
 
@@ -103,7 +111,18 @@ def test_help_is_the_fields() -> None:
     names = [
         word for line in options for word in line.split() if word.startswith("--") and not word.startswith("--no-")
     ]
-    assert names == ["--name", "--port", "--memory", "--cache", "--words", "--kind", "--exact", "--loud", "--help"]
+    assert names == [
+        "--name",
+        "--port",
+        "--memory",
+        "--cache",
+        "--words",
+        "--kind",
+        "--form",
+        "--exact",
+        "--loud",
+        "--help",
+    ]
     assert "MiB for states. [env var: AFT_MEMORY] [default: 1]" in options[2]
 
 
@@ -114,6 +133,7 @@ def test_help_is_the_fields() -> None:
         (Inner, {"memory_bytes": -3 * 2**20}, "memory must be positive, not -3 MiB."),
         (Inner, {"cache": -(2**19)}, "cache must be at least 0, not -0.5 MiB."),
         (Outer, {"port": 65536}, "port must be from 0 to 65535, not 65536."),
+        (Outer, {"form": "bent"}, "form must be one of round, flat, not bent."),
         (Outer, {"port": -1}, "port must be from 0 to 65535, not -1."),
     ],
 )

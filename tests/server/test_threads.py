@@ -14,6 +14,7 @@ from server import threads
 from server.assemble import assemble
 from server.commands.main import app
 from server.config import ServerConfig
+from server.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,17 @@ def test_they_are_set_before_a_model_is_loaded(start: Callable[..., Any], tmp_pa
             set_num_threads.assert_called_once_with(expected)
 
 
+@pytest.mark.parametrize("start", [generate, batch, serve])
+def test_no_thread_is_too_few(start: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="threads must be at least 1, not 0"):
+        start(tmp_path, "--threads", "0")
+
+
 @pytest.mark.parametrize("start", [generate, batch])
 def test_commands_without_a_server_quantise_too(start: Callable[..., Any], tmp_path: Path) -> None:
     configs = []
     for options in ([], ["--quantize", "int8"]):
-        with mock.patch(f"server.commands.{start.__name__}.LLM", side_effect=CheckpointError("enough")) as llm:
+        with mock.patch("server.assemble.LLM", side_effect=CheckpointError("enough")) as llm:
             with pytest.raises(CheckpointError, match="enough"):
                 start(tmp_path, *options)
             configs.append(llm.call_args.args[1].quantize)
