@@ -40,8 +40,9 @@ __all__ = [
     "save_checkpoint",
 ]
 
+if not TYPE_CHECKING:  # to whom every name would be one of this module
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'model' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'model' has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)

@@ -56,10 +56,14 @@ def tiny_config(variant: Variant = "conv", **changes: object) -> ModelConfig:
     return AFTConfig.from_dict(fields | ONLY_AFT | {"variant": variant} | changes)
 
 
+def new_model(config: ModelConfig) -> LanguageModel:
+    return family_of(config)(config)
+
+
 def random_model(config: ModelConfig, seed: int = 0, std: float = 0.3) -> LanguageModel:
     """Parameters far larger than at the start of training, so that positions, keys and biases all matter."""
     torch.manual_seed(seed)
-    model = family_of(config)(config)
+    model = new_model(config)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=std)

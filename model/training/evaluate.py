@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.language_model import LanguageModel
+from model.state import State
 from model.tokenizer import Tokenizer
 
 CHUNK = 512
 
 
+class Reader(Protocol):
+    """A language model, or what stands for one."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, token_ids: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """token_ids [B, T] -> logits [B, T, V], and the state after them."""
+
+
 @torch.inference_mode()
-def bits_per_character(
-    model: LanguageModel, tokenizer: Tokenizer, documents: Sequence[str], *, batch_size: int = 16
-) -> float:
+def bits_per_character(model: Reader, tokenizer: Tokenizer, documents: Sequence[str], *, batch_size: int = 16) -> float:
     """Bits that the model needs for the text of `documents`, each read alone from its start, per character.
 
     The first token is predicted from the end-of-text token, whether or not the tokenizer's texts begin with it: else
@@ -36,7 +45,7 @@ def bits_per_character(
     return nats / math.log(2) / sum(map(len, documents))
 
 
-def _text_nats(model: LanguageModel, tokens: Tensor) -> float:
+def _text_nats(model: Reader, tokens: Tensor) -> float:
     """Total nats of tokens [B, T + 1], in chunks: the logits of a long text would not fit into memory."""
     nats, state = 0.0, None
     for start in range(0, tokens.shape[1] - 1, CHUNK):

@@ -46,14 +46,14 @@ class Contract:
 
 
 class Contracts:
-    """All contracts of an application. Each path is of the one that has the longest prefix of it."""
+    """All contracts of an application. Each path is of the one that has the longest prefix of it, or else of "/"."""
 
     def __init__(self, contracts: Sequence[Contract]) -> None:
         self._by_prefix = {prefix: contract for contract in contracts for prefix in contract.prefixes}
-        assert "/" in self._by_prefix, "every path is of some contract"
 
     def of(self, path: str) -> Contract:
-        return self._by_prefix[max((prefix for prefix in self._by_prefix if path.startswith(prefix)), key=len)]
+        prefixes = (prefix for prefix in self._by_prefix if path.startswith(prefix))
+        return self._by_prefix[max(prefixes, key=len, default="/")]  # "OPTIONS *" has a path without a slash
 
     def error_response(self, error: Exception, path: str) -> JSONResponse:
         return self.of(path).error_response(error)

@@ -9,8 +9,10 @@ from server.sessions import Turn
 
 
 class TurnStream:
-    """The stream of a session's turn: it is committed before the end of its text is told, and the session is free
-    again when the stream is closed. Use as RequestStream."""
+    """The stream of a session's turn, to be used as RequestStream.
+
+    The turn is committed before the end of its text is told, and the session is free again when the stream is closed.
+    """
 
     def __init__(self, stream: RequestStream, turn: Turn) -> None:
         self._stream, self._turn = stream, turn

@@ -49,7 +49,7 @@ class LLMEngine:
         self.max_model_len = longest_sequence(self.config.max_model_len, model.config.context_limit)
         self.model_config, self.num_parameters, self.device = model.config, model.num_parameters, model.device
         empty = model.init_state(1)
-        n_slots = min(self.config.max_num_seqs, StatePool.slots_within(empty, self.config.state_memory))
+        n_slots = self.config.n_slots(empty.nbytes)
         self.pool = StatePool(empty, n_slots)
         self.fingerprint = fingerprint(model, self.config.quantize or "")
         self.state_files = StateFiles(self.fingerprint, empty, model.config.vocab_size, model.state_version)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from model.state import State
-from server.errors import ConfigurationError
 
 
 class StatePool:
@@ -18,16 +17,6 @@ class StatePool:
         self.n_slots, self._empty = n_slots, empty
         self.states = State.concatenate([empty] * n_slots)
         self._n_used = 0
-
-    @staticmethod
-    def slots_within(empty: State, max_bytes: int) -> int:
-        """How many slots fit into a memory budget. Raises ConfigurationError if not even one does."""
-        n_slots = max_bytes // empty.nbytes
-        if n_slots < 1:
-            raise ConfigurationError(
-                f"state_memory must be at least the {empty.nbytes} bytes of one state, not {max_bytes}."
-            )
-        return n_slots
 
     def __len__(self) -> int:
         return self._n_used

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks.baselines import KINDS, Baseline, LinearAttention, MultiHeadAttention
 from benchmarks.comparison import ROWS, build
+from model import AFTConfig
 from tests.conftest import tiny_config
 
 ROWS_OF_TOKENS = [torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -54,7 +55,9 @@ def test_linear_attention_is_its_sum() -> None:
 def test_the_cache_grows_and_the_linear_state_does_not() -> None:
     sizes = {}
     for kind in KINDS:
-        model = Baseline(tiny_config("simple"), kind, 4).eval()
+        config = tiny_config("simple")
+        assert isinstance(config, AFTConfig)
+        model = Baseline(config, kind, 4).eval()
         sizes[kind] = [model(torch.ones(1, n, dtype=torch.long))[1].nbytes for n in (10, 20)]
     per_token = 2 * 2 * 16 * 4  # keys and values of two layers, 16 features of 4 bytes
     assert sizes["attention"][1] - sizes["attention"][0] == 10 * per_token

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from model import LanguageModel, State
 from model.errors import ContextLengthError
-from model.families import family_of
-from tests.conftest import VARIANTS, Variant, random_model, tiny_config
+from tests.conftest import VARIANTS, Variant, new_model, random_model, tiny_config
 
 # RWKV-4 has no position embeddings.
 WITH_AND_WITHOUT_POSITIONS = [(v, p) for v in VARIANTS for p in (False, True) if not (p and v == "rwkv4")]
@@ -150,7 +149,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 def test_a_new_model_predicts_almost_uniformly() -> None:
     torch.manual_seed(0)
-    model = family_of(config := tiny_config(d_model=64))(config)
+    model = new_model(tiny_config(d_model=64))
     tokens = token_ids(4, 101)
     logits = model(tokens[:, :-1])[0].detach()
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -12,10 +12,12 @@ from fastapi.testclient import TestClient
 from model import LanguageModel, Tokenizer
 from server.api import app
 from server.api.config import APIConfig
-from server.api.contracts import Contract
+from server.api.contracts import Contract, Contracts
 from server.api.errors import STATUSES, Problem
+from server.api.openai.contract import OPENAI
 from server.api.openai.errors import FINISH_REASONS as OPENAI_FINISH_REASONS
 from server.api.openai.errors import NAMES
+from server.api.tgi.contract import TGI
 from server.api.tgi.errors import FINISH_REASONS, TYPES
 from server.api.validation import Body
 from server.engine import FinishReason, LLMEngine
@@ -68,6 +70,12 @@ def test_a_new_contract_is_one_entry(
         assert (nobody.status_code, nobody.json()["kind"]) == (401, "UnauthorizedError")
         assert set(client.get("/v1/none").json()["error"]) == {"message", "type", "param", "code"}
         assert set(client.get("/none").json()) == {"error", "error_type"}
+
+
+def test_a_path_is_of_the_contract_with_its_longest_prefix() -> None:
+    contracts = Contracts((POETRY, *app.CONTRACTS))
+    for path, contract in (("/v1/messages/x", POETRY), ("/v1/models", OPENAI), ("/v1", TGI), ("/x", TGI), ("*", TGI)):
+        assert contracts.of(path) is contract
 
 
 def test_each_contract_has_a_name_for_everything() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from model import SentencePieceTokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
-from server.engine import EngineConfig, LLMEngine, Request
+from server.engine import EngineConfig, LLMEngine, Request, RequestOutput
 from server.engine.conversation import Conversation
 from server.errors import InvalidConversationError, InvalidRequestError
 from tests.conftest import STORIES, VARIANTS, Variant, random_model, tiny_config
@@ -45,6 +45,24 @@ def turn(
     return text, last.conversation
 
 
+GREEDY_TURN = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+
+
+def finish(engine: LLMEngine) -> list[RequestOutput]:
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs
+
+
+def written(engine: LLMEngine, conversation: Conversation) -> bytes:
+    return engine.state_files.write(conversation.snapshot, conversation.unread_ids)
+
+
+def read(engine: LLMEngine, data: bytes) -> Conversation:
+    return Conversation(*engine.state_files.read(data))
+
+
 @settings(max_examples=25)
 @given(
     variant=st.sampled_from(VARIANTS),
@@ -65,8 +83,7 @@ def test_turns_are_what_one_request_over_the_same_tokens_is(
         seen += text[:-1] if text[-1:] == [WORDS.end_of_text_id] else text
         assert conversation.num_tokens == len(seen)
         assert engine.scheduler.n_free_slots == engine.pool.n_slots
-        data = conversation.to_bytes(engine.fingerprint)
-        conversation = Conversation.from_bytes(data, engine.fingerprint, MODELS[variant].init_state(1), 400)
+        conversation = read(engine, written(engine, conversation))
 
 
 def test_the_end_of_a_text_is_no_part_of_the_conversation() -> None:
@@ -80,10 +97,10 @@ def test_the_end_of_a_text_is_no_part_of_the_conversation() -> None:
 def test_a_conversation_can_be_forked_and_stays_as_it_is() -> None:
     engine = make_engine()
     _, conversation = turn(engine, [1, 5, 6, 7, 8], max_tokens=3)
-    before = load(conversation.to_bytes(engine.fingerprint))
+    before = load(written(engine, conversation))
     branches = [turn(engine, [i], conversation, max_tokens=5)[0] for i in (20, 30, 20)]
     assert branches[0] == branches[2]
-    after = load(conversation.to_bytes(engine.fingerprint))
+    after = load(written(engine, conversation))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -103,6 +120,26 @@ def test_cached_prefixes_and_conversations_do_not_meet() -> None:
     assert alone == list(generate(MODELS["conv"], [*conversation.unread_ids, *ids], params, WORDS))
 
 
+def test_what_follows_a_conversation_is_read_once_for_all_its_forks() -> None:
+    """In memory and from a file; each file of one content is one beginning."""
+    engine = make_engine()
+    _, conversation = turn(engine, [1, 5, 6, 7, 8], max_tokens=3)
+    message = list(range(20, 40))
+    for start in (conversation, read(engine, written(engine, conversation))):
+        texts, cached = [], []
+        for _ in range(3):
+            one = Request("fork", [*start.unread_ids, *message], GREEDY_TURN, start=start, keep_conversation=True)
+            engine.add_request(one)
+            texts.append([o.token.token_id for o in finish(engine) if o.token])
+            cached.append(one.num_cached_tokens)
+        assert texts[0] == texts[1] == texts[2]
+        assert cached == [0, 21, 21]
+    salted = Request("fork", [*start.unread_ids, *message], GREEDY_TURN, start=start, cache_salt="another's")
+    engine.add_request(salted)
+    finish(engine)
+    assert salted.num_cached_tokens == 0
+
+
 def test_limits_count_the_whole_conversation() -> None:
     engine = make_engine(max_model_len=20)
     _, conversation = turn(engine, [1, *range(5, 15)], max_tokens=4)
@@ -116,11 +153,7 @@ def test_limits_count_the_whole_conversation() -> None:
 def kept() -> tuple[LLMEngine, bytes]:
     engine = make_engine()
     _, conversation = turn(engine, [1, 5, 6, 7, 8], max_tokens=3)
-    return engine, conversation.to_bytes(engine.fingerprint)
-
-
-def read(engine: LLMEngine, data: bytes) -> Conversation:
-    return Conversation.from_bytes(data, engine.fingerprint, engine.model.init_state(1), 400)
+    return engine, written(engine, conversation)
 
 
 def test_damaged_files_are_refused(kept: tuple[LLMEngine, bytes]) -> None:
@@ -154,10 +187,13 @@ def test_foreign_and_newer_files_are_refused(kept: tuple[LLMEngine, bytes]) -> N
         read(engine, save({"x": torch.zeros(3)}))
     tensors = load(data)
     header = {"format": "aft-conversation", "model": engine.fingerprint.hex()}
-    with pytest.raises(InvalidConversationError, match="version '3' of the format; this server reads 2"):
-        read(engine, save(tensors, {**header, "version": "3"}))
-    with pytest.raises(InvalidConversationError, match="checksum"):
-        read(engine, save(tensors, {**header, "version": "2", "checksum": "0" * 32}))
+    with pytest.raises(InvalidConversationError, match="version '4' of the format; this server reads 2 and 3"):
+        read(engine, save(tensors, {**header, "version": "4"}))
+    with pytest.raises(InvalidConversationError, match="version '2' of this model's state; this server reads '1'"):
+        read(engine, save(tensors, {**header, "version": "3", "state_version": "2"}))
+    for version in ("2", "3"):
+        with pytest.raises(InvalidConversationError, match="checksum"):
+            read(engine, save(tensors, {**header, "version": version, "checksum": "0" * 32}))
 
 
 @pytest.mark.parametrize(
@@ -175,10 +211,10 @@ def test_foreign_and_newer_files_are_refused(kept: tuple[LLMEngine, bytes]) -> N
 def test_files_made_badly_are_refused_whatever_their_checksum_says(
     change: dict[str, torch.Tensor], kept: tuple[LLMEngine, bytes]
 ) -> None:
-    from server.engine.conversation import _checksum
+    from server.engine.snapshot import _checksum
 
     engine, data = kept
     tensors = {**load(data), **change}
-    metadata = {"format": "aft-conversation", "version": "2", "model": engine.fingerprint.hex()}
+    metadata = {"format": "aft-conversation", "version": "3", "model": engine.fingerprint.hex()}
     with pytest.raises(InvalidConversationError, match="does not have the tensors of this model's state"):
         read(engine, save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)}))

@@ -39,13 +39,14 @@ def run(engine: LLMEngine, *requests: Request) -> dict[tuple[str, int], list[Req
         for output in engine.step():
             results[output.request_id, output.index].append(output)
     assert_idle(engine)
+    assert all(one.read_state is None for one in requests), "a state outlives its request"
     return results
 
 
 def assert_idle(engine: LLMEngine) -> None:
     assert engine.scheduler.n_free_slots == engine.pool.n_slots
     assert len(engine.pool) == 0
-    assert not engine._read_so_far
+    assert not list(engine._requests())
 
 
 def token_ids(outputs: list[RequestOutput]) -> list[int]:

@@ -90,7 +90,7 @@ def generate(
     """(tokens from a cache, text) of each prompt, one after another, in an engine of their own."""
     config = EngineConfig(**{"chunk_size": CHUNK, "max_num_seqs": 2, **options})
     engine, told = LLMEngine(network, tokenizer, config), Recorder()
-    stored = StoredPrefixes(store, engine, told.on_drop)
+    stored = StoredPrefixes(store, engine.prefix_cache, engine.state_files, engine.config, told.on_drop)
     front = AsyncEngine(engine, told, stored)
 
     async def one(prompt: list[int]) -> tuple[int, list[int]]:
@@ -201,9 +201,9 @@ class SlowStore(FailingStore):
 def test_the_engine_does_not_wait_for_a_slow_store(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.prefix_store.MAX_UNWRITTEN", 2)
     engine, told, store = LLMEngine(random_model(tiny_config()), tokenizer), Recorder(), SlowStore()
-    stored = StoredPrefixes(store, engine, told.on_drop)
+    stored = StoredPrefixes(store, engine.prefix_cache, engine.state_files, engine.config, told.on_drop)
     stored.start()
-    engine.prefix_cache.max_bytes = engine.model.init_state(1).nbytes + 4 * 400  # of logits
+    engine.prefix_cache.max_bytes = engine.pool.nbytes // engine.pool.n_slots + 4 * 400  # of logits
     for i in range(10):
         engine.add_request(Request(str(i), [1, 60 + i, 7], SamplingParams(temperature=0, max_tokens=1)))
         while engine.has_work:

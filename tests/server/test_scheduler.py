@@ -93,9 +93,12 @@ def test_chunks_end_at_multiples_whatever_the_load(
 
 def test_removing_frees_the_slots_of_those_that_had_some() -> None:
     scheduler = Scheduler(n_slots=2, chunk_size=4, max_num_batched_tokens=6)
-    for one in (request("a"), request("b"), request("c")):
+    a, b, c = (request(name) for name in "abc")
+    for one in (a, b, c):
         scheduler.add(one, 0.0)
     list(scheduler.admit())
     assert (scheduler.n_free_slots, scheduler.num_reading, scheduler.num_waiting) == (0, 2, 1)
-    assert names(scheduler.remove(lambda one: one.request_id in "ac")) == "ca"
+    assert names(scheduler.requests()) == "cab"
+    scheduler.remove([a, c])
+    assert names(scheduler.requests()) == "b"
     assert (scheduler.n_free_slots, scheduler.num_reading, scheduler.num_waiting) == (1, 1, 0)

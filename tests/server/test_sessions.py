@@ -297,7 +297,7 @@ def test_another_servers_turn_wins_if_it_was_first(
 ) -> None:
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
         name = (await sessions.create("me")).session_id
-        other = Sessions(store, engine.state_files._engine)
+        other = Sessions(store, sessions._files)
         turn = await sessions.begin_turn(name, "me")
         await take_turn(other, engine, name, [1, 5])
         stored = await other.export(name, "me")

@@ -11,13 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from model import LanguageModel, Tokenizer
-from model.config import Variant
 from server.api.app import create_app
 from server.api.config import APIConfig
 from server.engine import LLMEngine
 from server.sessions import SessionsConfig
 from server.stores import SQLiteSessionStore, open_store
-from tests.conftest import VARIANTS, random_model, tiny_config
+from tests.conftest import VARIANTS, Variant, random_model, tiny_config
 from tests.redis_server import RedisServer, needs_redis
 from tests.server.test_sessions import damage
 

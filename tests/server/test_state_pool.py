@@ -1,24 +1,22 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import AFTState
+from model import State
 from server.engine.state_pool import StatePool
-from server.errors import ConfigurationError
 from tests.conftest import random_model, tiny_config
 
 MODEL = random_model(tiny_config(n_layer=1))
 EMPTY = MODEL.init_state(1)
 
 
-def state_of(value: int) -> AFTState:
-    return AFTState.from_tensors([torch.full_like(tensor, value) for tensor in EMPTY.tensors()])
+def state_of(value: int) -> State:
+    return EMPTY.like(torch.full_like(tensor, value) for tensor in EMPTY.tensors())
 
 
-def value_of(state: AFTState) -> int:
+def value_of(state: State) -> int:
     (value,) = {float(value) for tensor in state.tensors() for value in tensor.flatten()}
     return int(value)
 
@@ -54,9 +52,3 @@ def test_unused_rows_hold_finite_states() -> None:
     """A batch-invariant step decodes them as well."""
     logits, _ = MODEL.step(torch.zeros(3, dtype=torch.long), StatePool(EMPTY, 3).states)
     assert torch.isfinite(logits).all()
-
-
-def test_slots_within_a_budget() -> None:
-    assert StatePool.slots_within(EMPTY, 3 * EMPTY.nbytes + 1) == 3
-    with pytest.raises(ConfigurationError, match=f"must be at least the {EMPTY.nbytes} bytes of one state"):
-        StatePool.slots_within(EMPTY, EMPTY.nbytes - 1)

@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 
-from model import AFTForCausalLM, Tokenizer
+from model import Tokenizer
 from model.errors import CheckpointError, ConfigError
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents
 from model.training.trainer import STATE_FILE, Record, Trainer, parameter_groups
-from tests.conftest import STORIES, tiny_config
+from tests.conftest import STORIES, new_model, tiny_config
 
 CONFIG = TrainingConfig(
     data=(Source(Path("unused.txt")),),
@@ -31,7 +31,7 @@ def trainer(tokenizer: Tokenizer, folder: Path, config: TrainingConfig = CONFIG)
     torch.manual_seed(config.seed)
     stream = encode_documents(STORIES * 4, tokenizer)
     batches = PackedBatches([(stream, 1.0)], batch_size=config.batch_size, context=config.context, seed=config.seed)
-    return Trainer(AFTForCausalLM(tiny_config()), batches, config, folder)
+    return Trainer(new_model(tiny_config()), batches, config, folder)
 
 
 class StoppedError(Exception):
@@ -121,7 +121,7 @@ def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    model = AFTForCausalLM(tiny_config())
+    model = new_model(tiny_config())
     decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.1))
     names = {name: id(parameter) for name, parameter in model.named_parameters()}
     assert names["blocks.0.attention.qkv.weight"] in decayed
