@@ -30,8 +30,7 @@ def options_of(
     """Give a command the options of `source`: a config with those in it, or a function that has been given some.
 
     They are its `**options`, in their order, before the command's own; a keyword of one's name is that option, too.
-    only: names of those that it takes; texts: of fields that are no settings; more: further
-    options, which come first.
+    only: names of those that it takes; texts: of fields that are no settings; more: further options, before the others.
     """
     found = {given.name: given for given in (*more, *_options(source, texts or {}))}
     options = {name: found[name] for name in only} if only else found
