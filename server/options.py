@@ -21,18 +21,14 @@ WORDS = tuple[str, ...]  # on a command line one text, separated by spaces
 
 
 def options_of(
-    source: Callable[..., Any],
-    *,
-    only: Sequence[str] = (),
-    texts: Mapping[str, str] | None = None,
-    more: Sequence[Parameter] = (),
+    source: Callable[..., Any], *, only: Sequence[str] = (), more: Sequence[Parameter] = ()
 ) -> Callable[[Command], Command]:
     """Give a command the options of `source`: a config with those in it, or a function that has been given some.
 
     They are its `**options`, in their order, before the command's own; a keyword of one's name is that option, too.
-    only: names of those that it takes; texts: of fields that are no settings; more: further options, before the others.
+    only: names of those that it takes; more: further options, before the others.
     """
-    found = {given.name: given for given in (*more, *_options(source, texts or {}))}
+    found = {given.name: given for given in (*more, *_options(source))}
     options = {name: found[name] for name in only} if only else found
 
     def decorate(command: Command) -> Command:
@@ -70,7 +66,7 @@ def _is_config(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
-def _options(source: Any, texts: Mapping[str, str]) -> Iterator[Parameter]:
+def _options(source: Any) -> Iterator[Parameter]:
     if not _is_config(source):
         yield from inspect.signature(source, eval_str=True).parameters.values()
         return
@@ -78,11 +74,11 @@ def _options(source: Any, texts: Mapping[str, str]) -> Iterator[Parameter]:
     for field in dataclasses.fields(source):
         kind = types[field.name]
         if _is_config(kind):
-            yield from _options(kind, texts)
+            yield from _options(kind)
         elif told := settings.get(field.name):
             yield option_of(told, kind, field.default)
-        elif field.name in texts:
-            yield option(field.name, kind, field.default, texts[field.name])
+        elif text := field.metadata.get("text"):  # of a config of the model's
+            yield option(field.name, kind, field.default, text)
 
 
 def option_of(setting: Setting, kind: Any, default: Any) -> Parameter:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.config import about
 from model.errors import ConfigError
 from model.training.data import Source
 
@@ -17,31 +18,25 @@ from model.training.data import Source
 class TrainingConfig:
     """Raises ConfigError, naming the field, for values out of range.
 
-    data                 text files to learn from
-    validation           text file whose bits per character are reported; None for none
-    steps                optimiser steps; each reads batch_size windows of context tokens, over all processes
-    learning_rate        peak, reached after warmup_steps, then a cosine down to final_learning_rate
-    weight_decay         of matrices; biases, norms and position biases have none
-    gradient_clip        largest norm of the gradient
-    evaluate_every       steps between validations on the first validation_documents documents; the final one reads all
-    checkpoint_every     steps between checkpoints from which the run can resume
-    compile              whether the loss is compiled (torch.compile)
+    Each step reads batch_size windows of context tokens of data, over all processes. Biases, norms and what recurrences
+    learn have no weight decay. Validations but the last read the first validation_documents documents; without
+    validation there are none. compile: whether the loss is compiled (torch.compile).
     """
 
     data: tuple[Source, ...]
-    validation: Path | None = None
-    steps: int = 1000
-    batch_size: int = 16
-    context: int = 256
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-    seed: int = 0
-    evaluate_every: int = 250
-    validation_documents: int = 64
-    checkpoint_every: int = 250
+    validation: Path | None = about("Text file to report bits per character on.", None)
+    steps: int = about("Steps of the optimiser.", 1000)
+    batch_size: int = about("Sequences per step, over all processes.", 16)
+    context: int = about("Tokens per sequence.", 256)
+    learning_rate: float = about("Peak.", 3e-3)
+    final_learning_rate: float = about("Where the cosine after the peak ends.", 1e-4)
+    warmup_steps: int = about("Steps until the peak.", 100)
+    weight_decay: float = about("Of matrices only.", 0.1)
+    gradient_clip: float = about("Largest norm of the gradient.", 1.0)
+    seed: int = about("The same seed gives the same batches and weights.", 0)
+    evaluate_every: int = about("Steps between validations.", 250)
+    validation_documents: int = about("Documents read by validations before the last.", 64)
+    checkpoint_every: int = about("Steps between checkpoints.", 250)
     compile: bool = False
 
     def __post_init__(self) -> None:

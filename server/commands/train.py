@@ -25,26 +25,6 @@ from model.training.trainer import Record, Trainer, init_processes, process_rank
 from server.options import option, options_of
 
 LOSS_CURVE_FILE, HISTORY_FILE = "loss.png", "training_log.jsonl"
-
-
-# Of TrainingConfig's fields, what a command line says of those that it has.
-HELP = {
-    "validation": "Text file to report bits per character on.",
-    "steps": "Steps of the optimiser.",
-    "batch_size": "Sequences per step, over all processes.",
-    "context": "Tokens per sequence.",
-    "learning_rate": "Peak.",
-    "final_learning_rate": "Where the cosine after the peak ends.",
-    "warmup_steps": "Steps until the peak.",
-    "weight_decay": "Of matrices only.",
-    "gradient_clip": "Largest norm of the gradient.",
-    "seed": "The same seed gives the same batches and weights.",
-    "evaluate_every": "Steps between validations.",
-    "validation_documents": "Documents read by validations before the last.",
-    "checkpoint_every": "Steps between checkpoints.",
-}
-
-
 DEFAULTS = {"d_model": 256, "n_layer": 6, "n_head": 16}  # of an architecture, where it has them
 ARCHITECTURE = [
     option("variant", str, "conv", "Architecture.", tuple(architectures())),
@@ -52,7 +32,7 @@ ARCHITECTURE = [
 ]
 
 
-@options_of(TrainingConfig, texts=HELP, more=ARCHITECTURE)
+@options_of(TrainingConfig, more=ARCHITECTURE)
 def train(
     data: Annotated[list[str], typer.Option(help="Text file to learn from, or FILE:REPEATS. May be given again.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write; also keeps the resumable state.")],

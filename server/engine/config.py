@@ -19,8 +19,7 @@ class EngineConfig:
     max_model_len that is left out is DEFAULT_MAX_MODEL_LEN for a model that can read any number. What batch_invariant
     makes the same are tokens and log-probabilities, with and without cached prefixes; the compiled kernels always do.
     Where PyTorch runs the model, the price is always decoding a full batch, and log-probabilities of vocabularies over
-    32,768 tokens may differ in the last bit. max_num_batched_tokens is of a step, decoded and read together; None is
-    max_num_seqs + chunk_size.
+    32,768 tokens may differ in the last bit.
     """
 
     max_model_len: int | None = setting(
@@ -30,7 +29,6 @@ class EngineConfig:
     state_memory: int = setting(2**30, "for their states; a bound on --max-num-seqs.", unit="MiB", positive=True)
     max_queue_length: int = setting(256, "Requests that may wait; beyond it, 429.", at_least=0)
     chunk_size: int = setting(256, "Tokens of a prompt read at a time, between tokens of others.", at_least=1)
-    max_num_batched_tokens: int | None = None
     prefix_cache_bytes: int = setting(
         2**28, "of states after prompts that may come again.", name="prefix_cache", unit="MiB", at_least=0
     )
@@ -43,17 +41,6 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.batched_tokens < self.max_num_seqs + self.chunk_size:
-            least = self.max_num_seqs + self.chunk_size
-            raise ConfigurationError(
-                f"max_num_batched_tokens must be at least max_num_seqs + chunk_size = {least}, so prompts are read "
-                f"while a full batch is decoded, not {self.max_num_batched_tokens}."
-            )
-
-    @property
-    def batched_tokens(self) -> int:
-        given = self.max_num_batched_tokens
-        return self.max_num_seqs + self.chunk_size if given is None else given
 
     def n_slots(self, state_bytes: int) -> int:
         """Texts that are decoded at a time, if the state of one has that many bytes.

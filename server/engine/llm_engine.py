@@ -64,11 +64,7 @@ class LLMEngine:
         self._cuts_alike = self.config.batch_invariant and not self.runner.is_batch_invariant
         self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes)
         self._processor = TokenProcessor(tokenizer)
-        self.scheduler = Scheduler(
-            n_slots=n_slots,
-            chunk_size=self.config.chunk_size,
-            max_num_batched_tokens=self.config.batched_tokens,
-        )
+        self.scheduler = Scheduler(n_slots=n_slots, chunk_size=self.config.chunk_size)
         self._running: list[Sequence] = []
 
     @property

@@ -19,9 +19,8 @@ class Scheduler:
     request does not depend on the load. Requests that read prompts take turns, one chunk each.
     """
 
-    def __init__(self, *, n_slots: int, chunk_size: int, max_num_batched_tokens: int) -> None:
-        self.n_slots, self.chunk_size, self.max_num_batched_tokens = n_slots, chunk_size, max_num_batched_tokens
-        self.n_free_slots = n_slots
+    def __init__(self, *, n_slots: int, chunk_size: int) -> None:
+        self.n_slots, self.chunk_size, self.n_free_slots = n_slots, chunk_size, n_slots
         self._waiting: list[tuple[float, int, Request]] = []
         self._arrivals = itertools.count()
         self._reading: deque[Request] = deque()
@@ -47,8 +46,11 @@ class Scheduler:
             yield request
 
     def chunks(self, n_decoding: int) -> Iterator[tuple[Request, int]]:
-        """(request, end) for each prompt to be read up to token `end` in this step, within the budget of tokens."""
-        budget = self.max_num_batched_tokens - n_decoding
+        """(request, end) for each prompt to be read up to token `end` in this step.
+
+        A step is of so many tokens that a chunk is read while a full batch decodes, and of more prompts beside fewer.
+        """
+        budget = self.n_slots + self.chunk_size - n_decoding
         for _ in range(len(self._reading)):
             request = self._reading[0]
             start = request.num_computed_tokens

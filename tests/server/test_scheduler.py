@@ -17,7 +17,7 @@ def names(requests: object) -> str:
 
 
 def test_admission_is_by_priority_then_arrival_and_by_slots() -> None:
-    scheduler = Scheduler(n_slots=3, chunk_size=8, max_num_batched_tokens=11)
+    scheduler = Scheduler(n_slots=3, chunk_size=8)
     for one, now in (
         (request("a", n=2), 0.0),
         (request("b", n=2), 1.0),
@@ -34,7 +34,7 @@ def test_admission_is_by_priority_then_arrival_and_by_slots() -> None:
 
 
 def test_a_low_priority_waits_no_longer_than_its_worth() -> None:
-    scheduler = Scheduler(n_slots=1, chunk_size=8, max_num_batched_tokens=9)
+    scheduler = Scheduler(n_slots=1, chunk_size=8)
     scheduler.add(request("low", priority=2), 0.0)
     scheduler.add(request("early"), 2 * PRIORITY_SECONDS - 0.1)
     scheduler.add(request("late"), 2 * PRIORITY_SECONDS + 0.1)
@@ -46,13 +46,13 @@ def test_a_low_priority_waits_no_longer_than_its_worth() -> None:
 
 
 def test_prompts_take_turns() -> None:
-    scheduler = Scheduler(n_slots=3, chunk_size=4, max_num_batched_tokens=8)
+    scheduler = Scheduler(n_slots=3, chunk_size=4)
     for one in (request("a", n_prompt=12), request("b", n_prompt=6), request("c", n_prompt=1)):
         scheduler.add(one, 0.0)
     list(scheduler.admit())
     log = []
     for _ in range(5):
-        for one, end in scheduler.chunks(n_decoding=3):
+        for one, end in scheduler.chunks(n_decoding=2):
             log.append((one.request_id, end))
             one.num_computed_tokens = end
             if end == one.num_prompt_tokens:
@@ -63,14 +63,13 @@ def test_prompts_take_turns() -> None:
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=6),
     st.integers(1, 16),
-    st.integers(0, 20),
     st.lists(st.integers(0, 10), min_size=1, max_size=5),
     st.integers(0, 12),
 )
 def test_chunks_end_at_multiples_whatever_the_load(
-    prompts: list[int], chunk_size: int, extra: int, decoding: list[int], cached: int
+    prompts: list[int], chunk_size: int, decoding: list[int], cached: int
 ) -> None:
-    scheduler = Scheduler(n_slots=10, chunk_size=chunk_size, max_num_batched_tokens=10 + chunk_size + extra)
+    scheduler = Scheduler(n_slots=10, chunk_size=chunk_size)
     requests = [request(f"{i}", n_prompt=n) for i, n in enumerate(prompts)]
     for one in requests:
         one.num_computed_tokens = min(cached, one.num_prompt_tokens - 1)
@@ -85,14 +84,14 @@ def test_chunks_end_at_multiples_whatever_the_load(
             one.num_computed_tokens = end
             if end == one.num_prompt_tokens:
                 scheduler.finish_reading(one)
-        assert 0 < tokens <= scheduler.max_num_batched_tokens - n_decoding
+        assert 0 < tokens <= 10 + chunk_size - n_decoding
         if not scheduler.num_reading:
             return
     raise AssertionError("prompts were not read")
 
 
 def test_removing_frees_the_slots_of_those_that_had_some() -> None:
-    scheduler = Scheduler(n_slots=2, chunk_size=4, max_num_batched_tokens=6)
+    scheduler = Scheduler(n_slots=2, chunk_size=4)
     a, b, c = (request(name) for name in "abc")
     for one in (a, b, c):
         scheduler.add(one, 0.0)
