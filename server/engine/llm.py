@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,13 +49,13 @@ class LLM:
         self._grammars = GrammarCompiler(self.tokenizer)
         self._is_streaming = False
 
-    def generate(self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams]) -> list[Result]:
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Result]:
         """Results in the order of `prompts`; params for all of them, or one for each."""
         results: dict[int, Result] = dict(self.stream(prompts, params))
         return [results[i] for i in range(len(prompts))]
 
     def stream(
-        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams]
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
     ) -> Iterator[tuple[int, Result]]:
         """(index of the prompt, result) as they are done. A prompt that fails has a result with an error.
 
@@ -102,7 +101,7 @@ class LLM:
         finally:
             self._is_streaming = False
 
-    def _stream(self, prompts: Items[Prompt], each: Items[SamplingParams]) -> Iterator[tuple[int, Result]]:
+    def _stream(self, prompts: Sequence[Prompt], each: Sequence[SamplingParams]) -> Iterator[tuple[int, Result]]:
         pending: dict[str, tuple[int, Request, list[Completion]]] = {}
         next_prompt = 0
         try:

@@ -20,7 +20,7 @@ from server.engine.config import DEFAULT_MAX_MODEL_LEN, EngineConfig
 from server.engine.conversation import Conversation
 from server.engine.detokenizer import Detokenizer
 from server.engine.prefix_cache import Prefix, PrefixCache
-from server.engine.request import FinishReason, Request, RequestOutput, Sequence
+from server.engine.request import FinishReason, Request, RequestOutput, Text
 from server.engine.scheduler import Scheduler
 from server.engine.snapshot import KeyHash, Snapshot, StateFiles
 from server.engine.state_pool import StatePool
@@ -65,7 +65,7 @@ class LLMEngine:
         self.prefix_cache = PrefixCache(self.config.prefix_cache_bytes)
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(n_slots=n_slots, chunk_size=self.config.chunk_size)
-        self._running: list[Sequence] = []
+        self._running: list[Text] = []
 
     @property
     def has_work(self) -> bool:
@@ -181,7 +181,7 @@ class LLMEngine:
     def _start_texts(self, request: Request, prompt: Snapshot) -> list[RequestOutput]:
         """Fork the state after the prompt for every text, and choose the first token of each."""
         n = request.params.n_generated
-        sequences = [self._new_sequence(request, index) for index in range(n)]
+        texts = [self._new_text(request, index) for index in range(n)]
         self.scheduler.finish_reading(request)
         request.read_state = None
         if request.params.max_tokens == 0:
@@ -191,14 +191,14 @@ class LLMEngine:
             return [RequestOutput(request.request_id, i, finish_reason=length, conversation=after) for i in range(n)]
         assert prompt.logits is not None
         first_row = self.num_running
-        for sequence in sequences:
+        for text in texts:
             self.pool.append(prompt.state)
-            self._running.append(sequence)
+            self._running.append(text)
         return self._advance(first_row, prompt.logits.expand(n, -1))
 
-    def _new_sequence(self, request: Request, index: int) -> Sequence:
+    def _new_text(self, request: Request, index: int) -> Text:
         params, matcher = request.params, request.matcher.copy() if request.matcher else None
-        return Sequence(
+        return Text(
             request,
             index,
             Sampler(params, request.prompt_ids, self.tokenizer, index, first=[matcher] if matcher else []),
@@ -207,7 +207,7 @@ class LLMEngine:
         )
 
     def _decode(self) -> list[RequestOutput]:
-        logits = self.runner.step_([sequence.token_ids[-1] for sequence in self._running])
+        logits = self.runner.step_([text.token_ids[-1] for text in self._running])
         return self._advance(0, logits.cpu())
 
     def _advance(self, first_row: int, logits: Tensor) -> list[RequestOutput]:
@@ -215,11 +215,11 @@ class LLMEngine:
         outputs = self._processor.process(self._running[first_row:], logits)
         failed: dict[Request, RequestOutput] = {}
         for i in reversed(range(len(outputs))):  # removing a row moves the last one: rows before it stay
-            output, sequence = outputs[i], self._running[first_row + i]
+            output, text = outputs[i], self._running[first_row + i]
             if output.error is not None:
-                failed[sequence.request] = output
+                failed[text.request] = output
             elif output.finish_reason is not None:
-                outputs[i] = self._keep(output, sequence, first_row + i, logits[i])
+                outputs[i] = self._keep(output, text, first_row + i, logits[i])
                 self._release(first_row + i)
         if not failed:
             return outputs
@@ -238,7 +238,7 @@ class LLMEngine:
     def _requests(self) -> Iterator[Request]:
         """All that have not ended, each once."""
         yield from self.scheduler.requests()
-        yield from dict.fromkeys(sequence.request for sequence in self._running)
+        yield from dict.fromkeys(text.request for text in self._running)
 
     def _remove(self, requests: Collection[Request]) -> None:
         """Drop requests wherever they are."""
@@ -253,9 +253,9 @@ class LLMEngine:
         self._remove([request])
         return RequestOutput(request.request_id, error=error)
 
-    def _keep(self, output: RequestOutput, sequence: Sequence, row: int, logits: Tensor) -> RequestOutput:
+    def _keep(self, output: RequestOutput, text: Text, row: int, logits: Tensor) -> RequestOutput:
         """At the end of a text: a next turn goes on from here. The last token was chosen, but not read."""
-        request, (*read, last) = sequence.request, sequence.token_ids
+        request, (*read, last) = text.request, text.token_ids
         # A turn of a conversation is gone on from by the conversation; a batch-invariant engine, where decoding and
         # reading round differently, must not go on from a decoded state.
         is_cached = bool(read and self.config.prefix_cache_bytes) and request.start is None and not self._cuts_alike

@@ -69,7 +69,7 @@ class RequestOutput:
 
 
 @dataclass(eq=False)
-class Sequence:
+class Text:
     """One of the texts that a request asks for."""
 
     request: Request
