@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.recurrences.aft import AFT, decay_factors, state_of
+from model.recurrences.aft import AFT, state_of
+from model.recurrences.aft_functions import decay_factors
 from model.recurrences.limits import EMPTY_REFERENCE, LARGEST_KEY, LOW_SUM, REFERENCE_SLACK
 
 FEATURES_PER_PROGRAM = 64

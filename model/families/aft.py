@@ -17,8 +17,8 @@ from model.config import ModelConfig, about
 from model.kernel import Program, Rows
 from model.language_model import Block, LanguageModel
 from model.ops import Ops, X
-from model.recurrences.aft import AFT, Sums, Window
-from model.recurrences.aft_calls import FactorisedBiasCall
+from model.recurrences.aft import AFT, FactorisedBiasCall
+from model.recurrences.aft_functions import Sums, Window
 
 Variant = Literal["simple", "conv", "local", "full"]
 

@@ -19,7 +19,8 @@ from model.config import ModelConfig, about
 from model.errors import ConfigError
 from model.language_model import Block, LanguageModel
 from model.ops import Ops, X
-from model.recurrences.aft import AFT, LARGEST_DECAY, Sums
+from model.recurrences.aft import AFT
+from model.recurrences.aft_functions import LARGEST_DECAY, Sums
 
 TIME_MIX, CHANNEL_MIX = range(2)  # rows of RWKV4Layer.shifted
 

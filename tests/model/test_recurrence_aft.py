@@ -18,8 +18,9 @@ from model.backends.native.compiler import library
 from model.families.aft import AFTConfig, ConvBias, FactorisedBias, position_bias
 from model.families.rwkv4 import DecayBias
 from model.kernel import Kernel, Rows
-from model.recurrences import aft
-from model.recurrences.aft import AFT, Sums, Window
+from model.recurrences import aft_functions as functions
+from model.recurrences.aft import AFT
+from model.recurrences.aft_functions import Sums, Window
 from tests.conftest import VARIANTS, Variant
 from tests.reference import aft_reference, reference_bias
 
@@ -81,7 +82,9 @@ class Case:
         position = torch.tensor([start])
         keys, values = self.keys[:, start:end], self.values[:, start:end]
         running, window = state or (self.empty()[0], None)
-        y, running, window = aft.forward(keys, values, bias, self.n_window, position, running, window, self.bias.decay)
+        y, running, window = functions.forward(
+            keys, values, bias, self.n_window, position, running, window, self.bias.decay
+        )
         return y, (running, window if self.n_window else None)
 
     def chunks(self, cuts: list[int]) -> Tensor:
@@ -99,7 +102,7 @@ class Case:
         for t in range(start, self.values.shape[1]):
             position = torch.tensor([t])
             bias = self.bias.by_distance(position)
-            outputs.append(aft.step_(self.keys[:, t], self.values[:, t], bias, position, *state, self.bias.decay))
+            outputs.append(functions.step_(self.keys[:, t], self.values[:, t], bias, position, *state, self.bias.decay))
         return torch.stack(outputs, 1)
 
     @torch.no_grad()
@@ -188,7 +191,7 @@ def exact(variant: Variant, w_scale: float, jump: float) -> Callable[[], None]:
         n_tokens = case.keys.shape[1]
         cuts = data.draw(st.lists(st.integers(1, max(1, n_tokens - 1)), unique=True, max_size=5).map(sorted), "cuts")
         cuts = [cut for cut in cuts if cut < n_tokens]
-        with mock.patch.multiple(aft, BLOCK=block, DECAY_BLOCK=block):
+        with mock.patch.multiple(functions, BLOCK=block, DECAY_BLOCK=block):
             expected = case.reference().detach()
             assert relative_error(case.forward()[0], expected) < 1e-5
             assert relative_error(case.chunks(cuts), expected) < 1e-5
@@ -311,6 +314,6 @@ def test_the_direct_form_stands_in_only_where_it_must(jump: float) -> None:
     """The factorised form must answer ordinary keys, or the parallel form of three variants would be slow."""
     keys = torch.randn(1, 64, 4) + jump * (torch.arange(64) > 32).view(1, 64, 1)
     case = Case(shape("simple", d_model=4)[0], keys, torch.randn(1, 64, 4, 1))
-    with mock.patch.object(aft, "average_direct", wraps=aft.average_direct) as direct:
+    with mock.patch.object(functions, "average_direct", wraps=functions.average_direct) as direct:
         case.forward()
     assert direct.called == (jump > 0)
