@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class Kernel(ctypes.Structure):
     Tensors are kept as long as the call is.
     """
 
-    function: ClassVar[str]
+    function: str
 
     def __init__(self, **fields: int | float | Tensor | None) -> None:
         """All fields, by name."""

@@ -19,8 +19,8 @@ from server.api.config import APIConfig
 from server.api.context import Context
 from server.api.contracts import Contracts
 from server.api.middleware import APIKeys, BodyLimit, RequestLog
-from server.api.openai.contract import OPENAI
-from server.api.tgi.contract import TGI
+from server.api.openai import OPENAI
+from server.api.tgi import TGI
 from server.api.tracing import Tracer
 from server.engine import AsyncEngine, LLMEngine, PrefixStore, StoredPrefixes
 from server.metrics import Metrics

@@ -13,8 +13,8 @@ class APIConfig:
     """Raises ConfigurationError, naming the field, for values out of range. Sizes are in bytes.
 
     model_name: what /v1/models lists and requests may ask for. Keys are sent as "Authorization: Bearer KEY"; without
-    any, everyone is served. The time of a request has its waiting in it. The file
-    of a session may always be as large as one is.
+    any, everyone is served. The time of a request has its waiting in it. The file of a session may always be as large
+    as one is.
     """
 
     model_name: str = "aft"

@@ -27,6 +27,21 @@ class Context:
     sessions: Sessions
     started_at: int  # seconds since 1970
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What bodies may ask for."""
+        return (self.config.model_name,)
+
+    def model_named(self, name: str | None) -> str:
+        """The name of the model that is meant. Raises NotFoundError for a name that nothing here has."""
+        if name is None or name in PLACEHOLDER_NAMES:
+            return self.config.model_name
+        if name not in self.model_names:
+            raise NotFoundError(
+                f"There is no model {name[:100]!r} here, only {', '.join(map(repr, self.model_names))}."
+            )
+        return name
+
 
 async def _of(request: Request) -> Context:  # FastAPI runs what is not async in a thread
     context: Context = request.app.state.context
@@ -37,12 +52,6 @@ def owner_of(request: Request) -> str:
     """Whose sessions a request may see: one name for each API key, and one for everyone where there are no keys."""
     owner: str = getattr(request.state, "owner", "")
     return owner
-
-
-def check_model(context: Context, name: str | None) -> None:
-    """Raises NotFoundError if that is not the model that is served."""
-    if name is not None and name not in PLACEHOLDER_NAMES and name != context.config.model_name:
-        raise NotFoundError(f"There is no model {name[:100]!r} here, only {context.config.model_name!r}.")
 
 
 ContextOf = Annotated[Context, Depends(_of)]

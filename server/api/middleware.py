@@ -72,7 +72,10 @@ class RequestLog:
 
 
 class APIKeys:
-    """Refuses requests without one of the keys, all paths but OPEN_PATHS."""
+    """Refuses requests without one of the keys, all paths but OPEN_PATHS.
+
+    A key is sent as Authorization: Bearer KEY, or as some clients have it, x-api-key: KEY.
+    """
 
     def __init__(self, app: ASGIApp, contracts: Contracts, keys: Sequence[str]) -> None:
         self.app, self.contracts = app, contracts
@@ -87,7 +90,8 @@ class APIKeys:
 
     def _admit(self, scope: Scope) -> bool:
         """Whether the key is known; `request.state.owner` then tells keys apart without telling them."""
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"bearer " + headers.get(b"x-api-key", b"")).partition(b" ")
         digest = _digest(key.strip())
         # Every key is compared, each in constant time, so the time tells nothing of them.
         n_equal = sum(hmac.compare_digest(digest, known) for known in self._digests)

@@ -21,16 +21,29 @@ Prompt = str | list[int]
 class Submission:
     """What a body of any contract asks of the engine, as `AsyncEngine.submit` takes it.
 
-    session_id: of the session whose next turn this is; it then has one prompt, and one text.
+    model: the name that the body asks for; session_id: of the session whose next turn this is; it then has one prompt,
+    and one text.
     """
 
     prompts: Sequence[Prompt]
     params: SamplingParams
+    model: str | None = None
     session_id: str | None = None
     add_special_tokens: bool = True
     truncate: int | None = None
     priority: int = 0
     cache_salt: str = ""
+
+
+def admit(http_request: Request, context: Context, *, model: str | None, n_prompts: int = 1) -> Admission:
+    """Places for the prompts, before any work is done for them.
+
+    Raises NotFoundError for another model, InvalidRequestError for too many prompts, and as `AsyncEngine.admit`.
+    """
+    context.model_named(model)
+    if n_prompts > context.config.max_prompts:
+        raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {n_prompts}.")
+    return context.engine.admit(n_prompts)
 
 
 async def open_streams(

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from server.api.context import ContextOf, check_model
+from server.api.context import ContextOf
 from server.api.messages import Message, as_template_input
 from server.api.validation import Body, TokenId
 
@@ -77,7 +77,7 @@ def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
     """The ids of a text: a list of tokens for `inputs`, an object of ids for `prompt` or `messages`."""
     # Not a coroutine, and its answer is made here: long texts must not hold up the streams of others.
     tokenizer = context.engine.info.tokenizer
-    check_model(context, body.model)
+    context.model_named(body.model)
     encode = tokenizer.encode if body.add_special_tokens is False else tokenizer.encode_text
     if body.inputs is not None:
         return JSONResponse(placed(encode(body.inputs), tokenizer))
@@ -94,7 +94,7 @@ def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
 @router.post("/detokenize")
 def detokenize(body: DetokenizeRequest, context: ContextOf) -> Text:
     """The text of token ids. Bytes that are not UTF-8 become U+FFFD; the end-of-text token is no text."""
-    check_model(context, body.model)
+    context.model_named(body.model)
     return Text(prompt=context.engine.info.tokenizer.decode(body.tokens))
 
 

@@ -11,12 +11,15 @@ from model.convert import convert as convert_model
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="RWKV-4 model: a folder of Hugging Face's layout, or a .pth file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Model of another's, such as RWKV-4: a folder of Hugging Face's layout, or a .pth file."),
+    ],
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json or rwkv_vocab_v20230424.txt, if it is not beside the model.")
     ] = None,
 ) -> None:
-    """Make a checkpoint of an RWKV-4 model. Nothing in its files is executed."""
+    """Make a checkpoint of a model of others. Nothing in its files is executed."""
     model = convert_model(source, out, tokenizer)
     typer.echo(f"{model.num_parameters:,} parameters, {model.config.dtype}, in {out}")

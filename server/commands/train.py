@@ -50,7 +50,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Continue the run whose state lies in the folder.")] = False,
     **settings: Any,
 ) -> None:
-    """Train an AFT language model. Documents are separated by a line <|endoftext|>.
+    """Train a language model. Documents are separated by a line <|endoftext|>.
 
     Under torchrun, the processes share each batch.
     """

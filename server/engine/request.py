@@ -93,10 +93,8 @@ class Request:
     arrived_at, admitted_at  time.monotonic() at which it was asked for, before anything was done for it, and got its
                              slots
 
-    read_state, read_key     the state after them, while the prompt is being read, and what names it
-
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
-    What cannot be given is written by the engine's thread; others may read it once they have an output of the request.
+    read_state is the state after them, while the prompt is being read, and read_key what names it. What cannot be given is written by the engine's thread; others may read it once they have an output of the request.
     """
 
     request_id: str

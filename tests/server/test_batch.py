@@ -21,6 +21,10 @@ LINES = [
     json.dumps({"inputs": "a bird", "parameters": {"max_new_tokens": 4, "seed": 3, "temperature": 0.5}}),
     json.dumps({"id": "y", "inputs": "the fox", "parameters": {"repetition_penalty": 1e31}}),
     "[" * 100_000,
+    json.dumps({"id": "s", "inputs": "the fox", "session_id": "0" * 32}),
+    json.dumps({"id": "t", "inputs": "the fox", "parameters": {"top_n_tokens": 2}}),
+    json.dumps({"id": "u", "inputs": "the fox", "parameters": {"truncate": 2}}),
+    json.dumps({"id": "d", "inputs": "the fox", "parameters": {"decoder_input_details": True}}),
 ]
 
 
@@ -51,7 +55,7 @@ def target(checkpoint: Path, source: Path) -> Path:
 
 def test_every_line_is_answered(target: Path) -> None:
     answers = read(target)
-    assert set(answers) == {0, "mine", 3, 4, 5, "x", 7, "y", 9}
+    assert set(answers) == {0, "mine", 3, 4, 5, "x", 7, "y", 9, *"stud"}
     assert answers[0]["details"]["generated_tokens"] == 5
     assert answers[0]["details"]["seed"] is None
     assert answers["mine"]["generated_text"].startswith("a bird")
@@ -61,7 +65,9 @@ def test_every_line_is_answered(target: Path) -> None:
     assert answers[5]["error"].startswith("The body: Input should be a valid dictionary")
     assert answers["y"]["error"].startswith("repetition_penalty must be above 0")
     assert answers[9]["error"].startswith("The line is not JSON")
-    assert answers["x"]["error"].startswith("stream and truncate have no meaning")
+    refused = {"x": "stream", "s": "session_id", "t": "top_n_tokens", "u": "truncate", "d": "decoder_input_details"}
+    for item_id, field in refused.items():
+        assert answers[item_id]["error"] == f"{field} has no meaning in a batch file; leave it out."
 
 
 def test_a_stopped_run_goes_on(checkpoint: Path, source: Path, target: Path, tmp_path: Path) -> None:

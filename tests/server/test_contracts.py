@@ -14,10 +14,10 @@ from server.api import app
 from server.api.config import APIConfig
 from server.api.contracts import Contract, Contracts
 from server.api.errors import STATUSES, Problem
-from server.api.openai.contract import OPENAI
+from server.api.openai import OPENAI
 from server.api.openai.errors import FINISH_REASONS as OPENAI_FINISH_REASONS
 from server.api.openai.errors import NAMES
-from server.api.tgi.contract import TGI
+from server.api.tgi import TGI
 from server.api.tgi.errors import FINISH_REASONS, TYPES
 from server.api.validation import Body
 from server.engine import FinishReason, LLMEngine
@@ -84,7 +84,7 @@ def test_each_contract_has_a_name_for_everything() -> None:
 
 
 def test_contracts_depend_on_no_other_and_nothing_else_on_them() -> None:
-    contracts = {folder.parent.name for folder in API.glob("*/contract.py")}
+    contracts = {folder.parent.name for folder in API.glob("*/__init__.py")}
     assert len(contracts) == len(app.CONTRACTS)
     for path in API.rglob("*.py"):
         if path != API / "app.py":

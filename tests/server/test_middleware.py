@@ -47,6 +47,10 @@ def test_keys(checkpoint: Path) -> None:
                 assert "error" in refused.json()
             for key in ("first-key", "second-key"):
                 assert client.post(path, json=body, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+                assert client.post(path, json=body, headers={"x-api-key": key}).status_code == 200
+            both = {"Authorization": "Bearer third-key", "x-api-key": "first-key"}
+            assert client.post(path, json=body, headers=both).status_code == 401
+            assert client.post(path, json=body, headers={"x-api-key": "third-key"}).status_code == 401
         assert client.get("/v1/models").status_code == 401
         for path in ("/health", "/ready", "/metrics", "/ui", "/openapi.json"):
             assert client.get(path).status_code == 200

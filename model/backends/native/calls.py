@@ -47,7 +47,7 @@ class Norm(Kernel):
 
 
 class Linear(Kernel):
-    """Of a matrix as a `Format` has packed it, each with a kernel of its own."""
+    """Of a matrix as a `Format` has packed it; each format has a kernel of its own, linear_<name>."""
 
     _fields_ = (
         *pointers("x", "panels", "scale", "bias", "out"),
@@ -62,6 +62,7 @@ class Linear(Kernel):
         bias: Tensor | None,
         out: Tensor,
         *,
+        format_name: str,
         activation: Activation = Activation.NONE,
         adds: bool = False,
     ) -> None:
@@ -69,6 +70,7 @@ class Linear(Kernel):
 
         x and out may be columns of wider tensors.
         """
+        self.function = f"linear_{format_name}"
         _check(panels, scale, bias, rows=[x, out])
         super().__init__(
             x=x,
@@ -83,18 +85,6 @@ class Linear(Kernel):
             activation=activation,
             adds=adds,
         )
-
-
-class LinearFloat32(Linear):
-    function = "linear_float32"
-
-
-class LinearBfloat16(Linear):
-    function = "linear_bfloat16"
-
-
-class LinearInt8(Linear):
-    function = "linear_int8"
 
 
 class TokenShift(Kernel):

@@ -30,11 +30,7 @@ class Format(Protocol):
 
     @property
     def name(self) -> str:
-        """As people choose it."""
-
-    @property
-    def call(self) -> type[calls.Linear]:
-        """The kernel that reads it."""
+        """As people choose it; the kernel that reads it is linear_<name>."""
 
     def pack(self, weight: Tensor, panel_width: int) -> Panels:
         """weight [N, K] of any dtype. Holds one copy in float32 at most."""
@@ -46,8 +42,8 @@ class Format(Protocol):
 class Plain:
     """Numbers as they are, or rounded to a dtype."""
 
-    def __init__(self, name: str, dtype: torch.dtype, call: type[calls.Linear]) -> None:
-        self.name, self.dtype, self.call = name, dtype, call
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype = name, dtype
 
     def pack(self, weight: Tensor, panel_width: int) -> Panels:
         return Panels(_panels(weight, panel_width, self.dtype), None)
@@ -59,7 +55,7 @@ class Plain:
 class Int8:
     """W = scale [N] * whole numbers from -127 to 127. Only weights are rounded: inputs and sums stay float32."""
 
-    name, call = "int8", calls.LinearInt8
+    name = "int8"
 
     def pack(self, weight: Tensor, panel_width: int) -> Panels:
         largest = torch.maximum(weight.amax(1), -weight.amin(1)).float()
@@ -72,8 +68,8 @@ class Int8:
         return _rows(panels.tensor, n) * panels.scale.unsqueeze(1)
 
 
-FLOAT32 = Plain("float32", torch.float32, calls.LinearFloat32)
-BFLOAT16 = Plain("bfloat16", torch.bfloat16, calls.LinearBfloat16)
+FLOAT32 = Plain("float32", torch.float32)
+BFLOAT16 = Plain("bfloat16", torch.bfloat16)
 FORMATS: dict[str, Format] = {each.name: each for each in (FLOAT32, BFLOAT16, Int8())}
 
 
@@ -157,4 +153,5 @@ class PackedMatrix:
     ) -> calls.Linear:
         """The same as a part of a longer list: out [B, N] = the activation of it for x [B, K], or out + that."""
         panels, scale = self.panels
-        return self.format.call(x, panels, scale, self.bias, out, activation=activation, adds=adds)
+        name = self.format.name
+        return calls.Linear(x, panels, scale, self.bias, out, format_name=name, activation=activation, adds=adds)

@@ -15,7 +15,7 @@ from server.api.openai.errors import FINISH_REASONS, error_event
 from server.api.openai.protocol import ChatCompletionRequest
 from server.api.openai.serving import (
     Call,
-    admit,
+    admit_body,
     open_call,
     sampling_params,
     token_name,
@@ -29,7 +29,7 @@ KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
 async def chat_completions(context: Context, http_request: Request, body: ChatCompletionRequest) -> Response:
     messages, tokenizer = as_template_input(body.messages), context.engine.info.tokenizer
-    with admit(context, http_request, body) as admission:
+    with admit_body(http_request, context, body) as admission:
         prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
         params = sampling_params(
             body,

@@ -14,7 +14,7 @@ from server.api.openai.protocol import CompletionRequest
 from server.api.openai.serving import (
     Call,
     TextOffsets,
-    admit,
+    admit_body,
     open_call,
     sampling_params,
     token_name,
@@ -36,7 +36,7 @@ async def completions(context: Context, http_request: Request, body: CompletionR
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    with admit(context, http_request, body, len(body.prompt)) as admission:
+    with admit_body(http_request, context, body, len(body.prompt)) as admission:
         call = await open_call(
             context,
             http_request,

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.context import Context, ContextOf, check_model
+from server.api.context import Context, ContextOf
 from server.api.openai import chat, completions
 from server.api.openai.errors import RESPONSES
 from server.api.openai.protocol import (
@@ -52,16 +52,15 @@ async def create_chat_completion(body: ChatCompletionRequest, context: ContextOf
 @router.get("/models", responses={401: RESPONSES[401]})
 def list_models(context: ContextOf) -> ModelList:
     """The one model that is served."""
-    return ModelList(data=[_card(context)])
+    return ModelList(data=[_card(context, name) for name in context.model_names])
 
 
 @router.get("/models/{name:path}", responses={status: RESPONSES[status] for status in (400, 401, 404)})
 def get_model(name: str, context: ContextOf) -> ModelCard:
     """The model, if that is its name."""
-    check_model(context, name)
-    return _card(context)
+    return _card(context, context.model_named(name))
 
 
-def _card(context: Context) -> ModelCard:
-    name, longest = context.config.model_name, context.engine.info.max_model_len
+def _card(context: Context, name: str) -> ModelCard:
+    longest = context.engine.info.max_model_len
     return ModelCard(id=name, created=context.started_at, root=name, max_model_len=longest)

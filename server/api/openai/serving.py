@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import re
 import secrets
 import time
@@ -15,16 +16,16 @@ from fastapi import Request
 
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
-from server.api.context import Context, check_model
+from server.api.context import Context
 from server.api.openai.errors import DONE
 from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat
 from server.api.record import record_of
 from server.api.streaming import sse
-from server.api.submission import Prompt, Submission, open_streams
+from server.api.submission import Prompt, Submission, admit, open_streams
 from server.api.turns import TextStream
 from server.engine import Admission
-from server.errors import InvalidRequestError
 
+SAMPLING_FIELDS = tuple(given.name for given in dataclasses.fields(SamplingParams))
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 
 
@@ -82,17 +83,12 @@ class Call:
         return told + DONE
 
 
-def admit(context: Context, http_request: Request, body: GenerationRequest, n_prompts: int = 1) -> Admission:
-    """Places for the prompts, before any work is done for them.
-
-    Raises NotFoundError for another model, InvalidRequestError for too many prompts, and as `AsyncEngine.admit`.
-    """
-    check_model(context, body.model)
-    if n_prompts > context.config.max_prompts:
-        raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {n_prompts}.")
+def admit_body(http_request: Request, context: Context, body: GenerationRequest, n_prompts: int = 1) -> Admission:
+    """As `admit`, under the id that the body gives."""
+    admission = admit(http_request, context, model=body.model, n_prompts=n_prompts)
     if body.request_id is not None:
         record_of(http_request).request_id = body.request_id
-    return context.engine.admit(n_prompts)
+    return admission
 
 
 async def open_call(
@@ -110,6 +106,7 @@ async def open_call(
     submission = Submission(
         prompts=prompts,
         params=params,
+        model=body.model,
         session_id=body.session_id,
         add_special_tokens=add_special_tokens,
         truncate=body.truncate_prompt_tokens,
@@ -121,28 +118,21 @@ async def open_call(
 
 
 def sampling_params(body: GenerationRequest, **others: Any) -> SamplingParams:
-    """The common parameters; `others` are the route's own."""
-    given = {
-        "n": body.n,
-        "frequency_penalty": body.frequency_penalty,
-        "presence_penalty": body.presence_penalty,
+    """Fields of the same name, but those that are null; those that differ; and `others`, the route's own."""
+    same = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name, None)) is not None}
+    differing = {
         "logit_bias": {int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
         "seed": secrets.randbits(SEED_BITS) if body.seed is None else body.seed % 2**64,
-        "stop": tuple(body.stop) if body.stop else None,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
         "top_k": body.top_k if body.top_k and body.top_k > 0 else None,
-        "min_p": body.min_p,
-        "typical_p": body.typical_p,
-        "repetition_penalty": body.repetition_penalty,
-        "ignore_eos": body.ignore_eos,
-        "min_tokens": body.min_tokens,
-        "stop_token_ids": tuple(body.stop_token_ids) if body.stop_token_ids else None,
         "include_stop": body.include_stop_str_in_output,
-        "allowed_token_ids": tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
         "grammar": _grammar(body),
+        # What a route leaves out is not the field of that name.
+        "best_of": None,
+        "logprobs": None,
         **others,
     }
+    given = same | differing
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -23,6 +23,9 @@ from server.engine import LLM
 from server.engine.llm import Result
 from server.errors import InvalidRequestError
 
+# A line has one text, of which an answer tells the end and no tokens.
+MEANINGLESS = ("stream", "session_id", "truncate", "top_n_tokens", "decoder_input_details")
+
 
 @dataclass(frozen=True)
 class Item:
@@ -88,8 +91,8 @@ def _parse(item_id: Any, fields: object) -> Item:
     if isinstance(fields, InvalidRequestError):
         raise fields
     body = parse_generate_request(fields)
-    if body.stream or body.given.truncate is not None:
-        raise InvalidRequestError("stream and truncate have no meaning in a batch file; leave them out.")
+    if asked := [name for name in MEANINGLESS if getattr(body, name, None) or getattr(body.given, name, None)]:
+        raise InvalidRequestError(f"{asked[0]} has no meaning in a batch file; leave it out.")
     return Item(item_id, body.inputs, sampling_params(body.given), body.prefix)
 
 

@@ -13,7 +13,7 @@ from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
 from server.api.streaming import event_answer, whole_answer
-from server.api.submission import Submission, open_streams
+from server.api.submission import Submission, admit, open_streams
 from server.api.tgi import errors
 from server.api.tgi.errors import FINISH_REASONS
 from server.api.tgi.protocol import (
@@ -86,10 +86,11 @@ async def _open(context: Context, http_request: Request, body: GenerateRequest) 
     submission = Submission(
         prompts=[body.inputs],
         params=sampling_params(body.given),
+        model=body.given.adapter_id,
         session_id=body.session_id,
         truncate=body.given.truncate,
     )
-    with context.engine.admit() as admission:
+    with admit(http_request, context, model=submission.model) as admission:
         return await open_streams(http_request, context, admission, submission)
 
 
