@@ -13,7 +13,7 @@ from model.convert import convert as convert_model
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="Model of another's, such as RWKV-4: a folder of Hugging Face's layout, or a .pth file."),
+        typer.Argument(help="RWKV-4, say: a folder of Hugging Face's layout, or a .pth file."),
     ],
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
     tokenizer: Annotated[

@@ -94,7 +94,8 @@ class Request:
                              slots
 
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
-    read_state is the state after them, while the prompt is being read, and read_key what names it. What cannot be given is written by the engine's thread; others may read it once they have an output of the request.
+    read_state is the state after them, while the prompt is being read, and read_key what names it. What cannot be given
+    is written by the engine's thread; others may read it once they have an output of the request.
     """
 
     request_id: str
