@@ -92,9 +92,9 @@ class LanguageModel(nn.Module):
         return False
 
     @classmethod
-    def config_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a config.json; in today's form, if an older version wrote them for this family."""
-        return fields
+    def older_config(cls, fields: Mapping[str, Any]) -> ModelConfig | None:
+        """The configuration that a config.json holds, if an older version wrote it for this family."""
+        return None
 
     @classmethod
     def has_author_names(cls, names: Collection[str]) -> bool:

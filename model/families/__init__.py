@@ -57,7 +57,8 @@ def config_of(architecture: str, fields: Mapping[str, Any], defaults: Mapping[st
 def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     """The configuration that config.json holds; "model_type" names its family. Raises ConfigError."""
     for family in FAMILIES.values():
-        fields = family.config_fields(fields)
+        if config := family.older_config(fields):
+            return config
     name = fields.get("model_type")
     if name not in FAMILIES:
         raise ConfigError(f'"model_type" must be one of {", ".join(FAMILIES)}, not {name!r}.')

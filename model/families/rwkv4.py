@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,16 @@ from model.recurrences.aft_functions import LARGEST_DECAY, Sums
 TIME_MIX, CHANNEL_MIX = range(2)  # rows of RWKV4Layer.shifted
 
 
+# What a configuration of version 0.2, where RWKV-4 was a variant of AFT, holds besides: all without effect.
+FIELDS_OF_0_2 = {"n_head": 1, "window": 32, "d_bias": 32, "max_positions": 1024, "position_embeddings": False}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RWKV4Config(ModelConfig):
     """Architecture of an RWKV-4. Raises ConfigError, naming the field, for any value out of range."""
 
     family = "rwkv4"
+    of_0_2: ClassVar[Mapping[str, Any]] = FIELDS_OF_0_2  # as the folder has them that the configuration was read from
 
     d_ff: int | None = about("Inner width of the feed-forward layer; 4 * d_model.", None)
 
@@ -39,11 +44,7 @@ class RWKV4Config(ModelConfig):
 
     def identity(self) -> dict[str, Any]:
         """As version 0.2 wrote it, so that sessions of then are still this model's."""
-        return {**self.to_dict(), "variant": "rwkv4", **FIELDS_OF_0_2}
-
-
-# What a configuration of version 0.2, where RWKV-4 was a variant of AFT, holds besides: all without effect.
-FIELDS_OF_0_2 = {"n_head": 1, "window": 32, "d_bias": 32, "max_positions": 1024, "position_embeddings": False}
+        return {**self.to_dict(), "variant": "rwkv4", **self.of_0_2}
 
 
 class RWKV4Layer(NamedTuple):
@@ -155,13 +156,19 @@ class RWKV4ForCausalLM(LanguageModel):
         return ops.norm(ops.embed(self.embedding), self.embedding_norm)
 
     @classmethod
-    def config_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def older_config(cls, fields: Mapping[str, Any]) -> RWKV4Config | None:
         if (fields.get("model_type"), fields.get("variant")) != ("aft", "rwkv4"):
-            return fields
-        kept = {name: value for name, value in fields.items() if name not in {"variant", *FIELDS_OF_0_2}}
-        if fields.get("position_embeddings"):
+            return None
+        without_effect = FIELDS_OF_0_2 | {name: fields[name] for name in FIELDS_OF_0_2 if name in fields}
+        for name, value in without_effect.items():
+            if name != "position_embeddings" and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be a whole number, at least 1, not {value!r}.")
+        if without_effect["position_embeddings"] is not False:
             raise ConfigError("position_embeddings must be false: RWKV-4 has none.")
-        return {**kept, "model_type": cls.config_class.family}
+        own = {name: value for name, value in fields.items() if name not in {"model_type", "variant", *FIELDS_OF_0_2}}
+        config = RWKV4Config.from_dict(own)
+        object.__setattr__(config, "of_0_2", without_effect)
+        return config
 
     @classmethod
     def has_author_names(cls, names: Collection[str]) -> bool:

@@ -124,7 +124,8 @@ class Trainer:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata()
         stored, now = json.loads(metadata["config"]), self._identity()
-        if differing := sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key)):
+        # A run of an older version may have had more fields, without effect.
+        if differing := sorted(key for key in now if stored.get(key) != now[key]):
             key = differing[0]
             raise CheckpointError(f"{path} was written with {key} = {stored.get(key)!r}, not {now.get(key)!r}.")
         self.model.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
 
 from server.engine import Request, RequestOutput, RequestStream
 from server.sessions import Turn
+
+logger = logging.getLogger(__name__)
 
 
 class TurnStream:
@@ -16,6 +20,7 @@ class TurnStream:
 
     def __init__(self, stream: RequestStream, turn: Turn) -> None:
         self._stream, self._turn = stream, turn
+        self._commit: asyncio.Task[None] | None = None
 
     @property
     def request(self) -> Request:
@@ -30,11 +35,20 @@ class TurnStream:
         outputs = await self._stream.read()
         for output in outputs:
             if output.conversation is not None:
-                await self._turn.commit(output.conversation)
+                self._commit = asyncio.create_task(self._turn.commit(output.conversation))
+                await asyncio.shield(self._commit)  # what the store has begun goes on if the client leaves
         return outputs
 
     def close(self) -> None:
         self._stream.close()
+        if self._commit and not self._commit.done():
+            self._commit.add_done_callback(self._release)
+        else:
+            self._turn.release()
+
+    def _release(self, commit: asyncio.Task[None]) -> None:
+        if not commit.cancelled() and (error := commit.exception()):
+            logger.warning("A turn was not committed, and its client had left: %s", error)
         self._turn.release()
 
 

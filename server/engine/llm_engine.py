@@ -142,7 +142,7 @@ class LLMEngine:
         if request.start is not None:
             request.read_state = request.start.snapshot
         if request.params.prompt_logprobs is not None:
-            request.prompt_logprobs.append(None)
+            request.prompt_logprobs += [None] if request.prompt_ids else []
             return
         multiple_of = self.config.chunk_size if self._cuts_alike else 1
         prefix = self.prefix_cache.match(request.prompt_array, request.read_key, multiple_of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -196,6 +197,25 @@ def test_foreign_and_newer_files_are_refused(kept: tuple[LLMEngine, bytes]) -> N
             read(engine, save(tensors, {**header, "version": version, "checksum": "0" * 32}))
 
 
+def test_what_a_file_says_is_not_said_again_at_length(kept: tuple[LLMEngine, bytes]) -> None:
+    engine, data = kept
+    header = {"format": "aft-conversation", "model": engine.fingerprint.hex()}
+    for claim in ({"version": "9" * 10**6}, {"version": "3", "state_version": "9" * 10**6}):
+        with pytest.raises(InvalidConversationError) as raised:
+            read(engine, save(load(data), {**header, **claim}))
+        assert len(str(raised.value)) < 300
+
+
+def test_dtypes_that_pytorch_does_not_have_are_refused(kept: tuple[LLMEngine, bytes]) -> None:
+    engine, _ = kept
+    metadata = {"format": "aft-conversation", "version": "3", "model": engine.fingerprint.hex()}
+    for dtype in ("F4", "F6_E2M3", "F8_E8M0", "U4"):
+        tensor = {"dtype": dtype, "shape": [8], "data_offsets": [0, 8 if dtype == "F8_E8M0" else 4]}
+        header = json.dumps({"__metadata__": metadata, "x": tensor}).encode()
+        with pytest.raises(InvalidConversationError, match=r"^The conversation is damaged: .*\.$"):
+            read(engine, len(header).to_bytes(8, "little") + header + bytes(8))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -206,6 +226,10 @@ def test_foreign_and_newer_files_are_refused(kept: tuple[LLMEngine, bytes]) -> N
         {"layers.0.keys": torch.zeros(1, 2, 4)},
         {"layers.0.sums": torch.full((1, 4, 5), float("nan"))},
         {"extra": torch.zeros(1)},
+        {"extra": torch.zeros(())},
+        {"unread_ids": torch.tensor(1)},
+        {"position": torch.tensor([2**63 - 1])},
+        {"position": torch.tensor([2**53 + 1])},
     ],
 )
 def test_files_made_badly_are_refused_whatever_their_checksum_says(

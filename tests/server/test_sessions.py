@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -249,6 +250,41 @@ async def take_turn(sessions: Sessions, engine: AsyncEngine, name: str, ids: lis
         return [output.token.token_id for output in await read_all(stream) if output.token]
     finally:
         stream.close()
+
+
+class SlowCommits(SQLiteSessionStore):
+    """Commits when it is released."""
+
+    def __init__(self) -> None:
+        super().__init__(":memory:")
+        self.is_released, self.is_asked = threading.Event(), threading.Event()
+
+    def commit(self, session: Session, data: bytes) -> bool:
+        self.is_asked.set()
+        self.is_released.wait()
+        return super().commit(session, data)
+
+
+def test_a_session_is_busy_until_what_its_client_left_is_stored(tokenizer: Tokenizer, network: LanguageModel) -> None:
+    store = SlowCommits()
+
+    async def main(sessions: Sessions, engine: AsyncEngine) -> None:
+        name = (await sessions.create("me")).session_id
+        leaving = asyncio.create_task(take_turn(sessions, engine, name, [1, 5]))
+        await asyncio.to_thread(store.is_asked.wait)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        with pytest.raises(BusySessionError):
+            await sessions.begin_turn(name, "me")
+        store.is_released.set()
+        while sessions._busy:
+            await asyncio.sleep(0.01)
+        assert (await sessions.get(name, "me")).turn == 1
+        await take_turn(sessions, engine, name, [7])
+        assert (await sessions.get(name, "me")).turn == 2
+
+    in_sessions(store, network, tokenizer, main)
 
 
 def test_turns_give_the_text_of_one_request(store: SessionStore, tokenizer: Tokenizer, network: LanguageModel) -> None:

@@ -252,3 +252,20 @@ def test_sessions_survive_the_server(network: LanguageModel, tokenizer: Tokenize
             name = name or new(client)
             texts.append(turn(client, name, "The fox"))
             assert client.get(f"/sessions/{name}").json()["turns"] == len(texts)
+
+
+def test_a_turn_without_a_prompt_tells_of_no_prompt(client: TestClient, session: str, tokenizer: Tokenizer) -> None:
+    """The turn before ended with the end of text, so that nothing is left to be read."""
+    end = {str(tokenizer.end_of_text_id): 100}
+    assert turn(client, session, "The fox", "/v1/completions", logit_bias=end) == ""
+    forks = client.post(f"/sessions/{session}/fork", json={"n": 3}).json()["sessions"]
+    first, second, third = (fork["session_id"] for fork in forks)
+    body = {"inputs": "", "parameters": {**PARAMETERS, "decoder_input_details": True}, "session_id": first}
+    answer = client.post("/generate", json=body)
+    assert answer.status_code == 200
+    assert answer.json()["details"]["prefill"] == []
+    echoed = {"prompt": "", "max_tokens": 6, "temperature": 0, "echo": True, "logprobs": 1}
+    answer = client.post("/v1/completions", json={**echoed, "session_id": second})
+    assert answer.status_code == 200
+    assert len(answer.json()["choices"][0]["logprobs"]["tokens"]) == answer.json()["usage"]["completion_tokens"]
+    assert turn(client, third, "", "/v1/completions", echo=True, logprobs=1, stream=True)

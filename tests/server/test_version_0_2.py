@@ -15,6 +15,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from model import load_checkpoint
+from model.checkpoint import fingerprint
+from model.errors import ConfigError
+from model.families import config_from_dict
 from server.api.app import create_app
 from server.engine import EngineConfig, LLMEngine
 from server.stores import open_prefix_store, open_store
@@ -45,6 +48,18 @@ def client(written: Path) -> TestClient:
 
 def test_a_model_is_the_same_one(written: Path, expected: dict[str, Any]) -> None:
     assert LLMEngine(*load_checkpoint(written)).fingerprint.hex() == expected["fingerprint"]
+
+
+def test_fields_without_effect_are_still_part_of_a_models_name() -> None:
+    """`aft train --variant rwkv4` wrote 16 heads."""
+    folder = WRITTEN / "rwkv4"
+    fields = json.loads((folder / "config.json").read_text())
+    model, _ = load_checkpoint(folder)
+    model.config = config_from_dict({**fields, "n_head": 16})
+    assert fingerprint(model).hex() == json.loads((folder / "expected.json").read_text())["fingerprint_of_16_heads"]
+    assert model.config == config_from_dict(fields)
+    with pytest.raises(ConfigError, match="n_head must be a whole number, at least 1, not 'x'"):
+        config_from_dict({**fields, "n_head": "x"})
 
 
 def test_a_stored_session_goes_on(client: TestClient, expected: dict[str, Any]) -> None:

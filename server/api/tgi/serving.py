@@ -130,10 +130,10 @@ def _not_best(text: Completion, body: GenerateRequest, params: SamplingParams, t
 
 
 def prefill(request: EngineRequest, tokenizer: Tokenizer) -> list[PrefillToken]:
-    first = PrefillToken(id=request.prompt_ids[0], text=tokenizer.token_text(request.prompt_ids[0]), logprob=None)
-    known = (token for token in request.prompt_logprobs if token is not None)
-    rest = [PrefillToken(id=t.token_id, text=tokenizer.token_text(t.token_id), logprob=t.logprob) for t in known]
-    return [first, *rest]
+    return [
+        PrefillToken(id=token_id, text=tokenizer.token_text(token_id), logprob=known.logprob if known else None)
+        for token_id, known in zip(request.prompt_ids, request.prompt_logprobs, strict=True)
+    ]
 
 
 async def _events(body: GenerateRequest, stream: TextStream, tokenizer: Tokenizer) -> AsyncIterator[bytes]:

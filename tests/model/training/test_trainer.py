@@ -60,6 +60,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer: Tokenizer, tmp_pat
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
+def test_a_run_of_a_version_with_more_fields_can_go_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = trainer(tokenizer, tmp_path)
+    identity = run._identity()
+    with mock.patch.object(Trainer, "_identity", return_value={**identity, "without_effect": 16}):
+        run.save()
+    trainer(tokenizer, tmp_path).resume()
+
+
 def test_it_learns(tokenizer: Tokenizer, tmp_path: Path) -> None:
     run = trainer(tokenizer, tmp_path, dataclasses.replace(CONFIG, steps=150, checkpoint_every=1000))
     run.run()
