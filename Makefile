@@ -9,8 +9,8 @@ ARGS ?=
 serve: $(VENV)/.serve  ## start the server on the bundled weights; ARGS="--port 8080 --model DIR"
 	$(BIN)/aft serve $(ARGS)
 
-test: check  ## lint, types, all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: check  ## lint, types, all tests, on as many cores as there are up to four
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 image-test: $(VENV)/.test  ## builds the Docker image and tests it; needs docker, or CONTAINER_ENGINE=podman
 	$(BIN)/python -m pytest -m image tests/image $(ARGS)

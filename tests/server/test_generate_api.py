@@ -302,7 +302,9 @@ def test_a_full_queue_answers_429_with_retry_after(network: LanguageModel, token
     with TestClient(app) as client:
         assert post(client, inputs="The fox").status_code == 200
         assert client.portal is not None
-        occupied = client.portal.call(app.state.context.engine.submit, "The fox", SamplingParams(max_tokens=10**6))
+        occupied = client.portal.call(
+            app.state.context.engine.submit, "The fox", SamplingParams(max_tokens=10**6, ignore_eos=True)
+        )
         for stream in (False, True):
             response = post(client, inputs="The fox", stream=stream)
             assert response.status_code == 429

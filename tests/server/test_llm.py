@@ -62,7 +62,9 @@ def test_a_bad_prompt_has_an_error_and_the_others_their_texts(llm: LLM) -> None:
 
 
 def test_leaving_the_stream_frees_the_slots(llm: LLM) -> None:
-    stream = llm.stream(["a", "b", "c"], [SamplingParams(max_tokens=1), *[SamplingParams(max_tokens=10**6)] * 2])
+    stream = llm.stream(
+        ["a", "b", "c"], [SamplingParams(max_tokens=1), *[SamplingParams(max_tokens=10**6, ignore_eos=True)] * 2]
+    )
     next(stream)
     with pytest.raises(RuntimeError, match="Another stream of this LLM is not done"):
         llm.generate(["d"], SamplingParams())
@@ -109,7 +111,7 @@ def test_a_stream_is_open_between_its_requests(llm: LLM) -> None:
 
 
 def test_what_was_aborted_is_not_waited_for(llm: LLM) -> None:
-    endless = SamplingParams(max_tokens=10**5, temperature=1.0)
+    endless = SamplingParams(max_tokens=10**5, temperature=1.0, ignore_eos=True)
     stream = llm.stream(["a", "b"], [SamplingParams(max_tokens=1), endless])
     for texts, request_id in ((stream, "1"), (llm.tokens("a", endless), "0")):
         next(texts)

@@ -378,7 +378,10 @@ def test_what_is_refused_at_the_door_costs_no_work(
     with TestClient(app, raise_server_exceptions=False) as client:
         session = client.post("/sessions").json()["session_id"]
         assert client.portal is not None
-        occupied = [client.portal.call(context.engine.submit, [5], SamplingParams(max_tokens=10**6)) for _ in range(2)]
+        occupied = [
+            client.portal.call(context.engine.submit, [5], SamplingParams(max_tokens=10**6, ignore_eos=True))
+            for _ in range(2)
+        ]
         chats: dict[str, Any] = {"messages": MESSAGES}
         with monkeypatch.context() as patched:
             patched.setattr(context.chat_template, "token_ids", work)
