@@ -222,7 +222,7 @@ def from_foreign(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) ->
     config = RWKV4Config(
         vocab_size=vocab_size,
         d_model=d_model,
-        n_layer=1 + max(int(number) for name in tensors for number in re.findall(r"^blocks\.(\d+)\.", name)),
+        n_layer=_count_blocks(tensors),
         d_ff=tensors["blocks.0.ffn.key.weight"].shape[0],
         tie_embeddings=torch.equal(tensors["head.weight"], tensors["emb.weight"]),
         norm_eps=float(norm_eps),
@@ -232,6 +232,14 @@ def from_foreign(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) ->
     if config.tie_embeddings:
         del renamed["head.weight"]
     return config, renamed
+
+
+def _count_blocks(names: Collection[str]) -> int:
+    numbers = {number for name in names for number in re.findall(r"^blocks\.(\d+)\.", name)}
+    n = len(numbers)
+    if wrong := numbers - {str(number) for number in range(n)}:
+        raise ValueError(f"its {n} blocks must have the numbers from 0 to {n - 1}, not {min(wrong)}.")
+    return n
 
 
 def _by_author(name: str) -> str:

@@ -217,6 +217,9 @@ def test_no_pickle_is_executed(tokenizer_file: Path, tmp_path: Path) -> None:
         ({"blocks.0.att.time_decay": torch.full((32,), float("nan"))}, "holds NaN"),
         ({"blocks.0.att.time_mix_v": torch.zeros(1, 1, 31)}, "is not a model of rwkv4"),
         ({"blocks.0.ffn.key.weight": torch.tensor(1.0)}, "is not a model of rwkv4"),
+        ({"blocks.99999999999999999999999.x": torch.ones(1)}, "3 blocks must have the numbers from 0 to 2, not 99999"),
+        ({"blocks.3.ln1.weight": torch.ones(32)}, "3 blocks must have the numbers from 0 to 2, not 3"),
+        ({"blocks.01.ln1.weight": torch.ones(32)}, "3 blocks must have the numbers from 0 to 2, not 01"),
     ],
 )
 def test_other_tensors_are_refused_by_name(
