@@ -59,6 +59,6 @@ def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     for family in FAMILIES.values():
         fields = family.config_fields(fields)
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(f'"model_type" must be one of {", ".join(FAMILIES)}, not {name!r}.')
     return FAMILIES[name].config_class.from_dict({k: v for k, v in fields.items() if k != "model_type"})
