@@ -40,6 +40,22 @@ def test_mistakes_are_a_sentence() -> None:
         assert refusal(*arguments) == sentence
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("threads", str(10**30), "from 1 to 1024"),
+        ("chunk-size", str(10**12), "from 1 to 65536"),
+        ("max-sessions", str(10**30), "from 1 to 2147483647"),
+        ("session-ttl", "inf", "positive and at most 1000000000"),
+        ("request-timeout", "inf", "positive and at most 1000000000"),
+        ("grammar-timeout", "1e+30", "positive and at most 1000000000"),
+        ("drain-timeout", "nan", "from 0 to 1000000000"),
+    ],
+)
+def test_a_number_that_nothing_can_count_is_a_sentence(option: str, value: str, sentence: str) -> None:
+    assert refusal(f"--{option}", value) == f"{option.replace('-', '_')} must be {sentence}, not {value}."
+
+
 @pytest.mark.parametrize("device", ["foo", "", "cuda", "cuda:1", "meta", "mps", "mkldnn", "privateuseone", "auto"])
 def test_a_device_that_is_not_here_is_a_sentence(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
