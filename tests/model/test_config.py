@@ -8,7 +8,7 @@ import pytest
 
 from model import AFTConfig, RWKV4Config
 from model.errors import ConfigError
-from model.families import config_from_dict, family_of
+from model.families import config_from_dict, config_of, family_of
 from tests.conftest import VARIANTS, tiny_config
 
 
@@ -72,6 +72,12 @@ def test_unknown_and_missing_fields_are_refused_by_name() -> None:
 def test_a_field_of_another_family_is_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigError, match=f"Unknown configuration field '{field}'"):
         RWKV4Config.from_dict(tiny_config("rwkv4").to_dict() | {field: 1})
+
+
+def test_an_option_of_another_family_is_refused_with_those_that_there_are() -> None:
+    sentence = "window means nothing to rwkv4, whose options are d_model, n_layer, d_ff; leave it out."
+    with pytest.raises(ConfigError, match=f"^{sentence}$"):
+        config_of("rwkv4", {"vocab_size": 400, "window": 4}, {"d_model": 16, "n_layer": 2})
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:
