@@ -103,7 +103,7 @@ def load_config(path: Path) -> ModelConfig:
     """Of a config.json. Raises CheckpointError."""
     try:
         fields: Any = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} must be a JSON object.")

@@ -12,6 +12,9 @@ from model.errors import ConfigError, ContextLengthError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+LARGEST = 2**28  # of a width: the bytes of a matrix of two of them are a number that PyTorch knows
+MOST_BLOCKS = 1024  # they are made before a checkpoint's tensors are looked at, and no file may make that take for ever
+
 
 def about(text: str, default: Any = dataclasses.MISSING) -> Any:
     """A field that who makes a new model chooses, and what it is."""
@@ -42,8 +45,9 @@ class ModelConfig:
         self._require_flag("tie_embeddings")
         small = isinstance(self.norm_eps, float) and 0 < self.norm_eps < 1
         self._require(small, "norm_eps", "a number between 0 and 1")
-        for name in ("vocab_size", "d_model", "n_layer"):
+        for name in ("vocab_size", "d_model"):
             self._require_positive(name)
+        self._require_positive("n_layer", MOST_BLOCKS)
 
     @classmethod
     def architectures(cls) -> dict[str, dict[str, Any]]:
@@ -93,10 +97,10 @@ class ModelConfig:
         if not condition:
             raise ConfigError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
 
-    def _require_positive(self, name: str) -> None:
+    def _require_positive(self, name: str, at_most: int = LARGEST) -> None:
         value = getattr(self, name)
-        valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        self._require(valid, name, "a whole number, at least 1")
+        valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= at_most
+        self._require(valid, name, f"a whole number from 1 to {at_most}")
 
     def _require_flag(self, name: str) -> None:
         self._require(isinstance(getattr(self, name), bool), name, "true or false")

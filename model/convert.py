@@ -6,21 +6,24 @@ Nothing in them is executed: a .pth file is a pickle, of which only tensors are 
 from __future__ import annotations
 
 import json
-import pickle
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from model.checkpoint import check_tensors, load_tensors, save_checkpoint
+from model.config import Dtype
 from model.errors import CheckpointError
 from model.families import FAMILIES
 from model.language_model import LanguageModel
 from model.tokenizer import Tokenizer, WorldTokenizer, load_tokenizer
 
 Named = dict[str, Tensor]
+
+DTYPES = {getattr(torch, name): name for name in get_args(Dtype)}
 
 CHAT_TEMPLATE = (
     "{% set names = {'user': 'User', 'assistant': 'Assistant', 'system': 'System', 'developer': 'System'} %}"
@@ -57,14 +60,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The config.json of a folder of transformers."""
     try:
         described = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     return described if isinstance(described, dict) else {}
 
 
 def family_of_type(name: object, source: Path) -> type[LanguageModel]:
     families = {family.foreign_type: family for family in FAMILIES.values() if family.foreign_type}
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         known = " or ".join(f'"{known}"' for known in families)
         raise CheckpointError(f'{source / "config.json"} must have "model_type": {known}, not {name!r}.')
     return families[name]
@@ -80,13 +83,22 @@ def family_of_names(tensors: Named, source: Path) -> type[LanguageModel]:
 
 def read_tensors(folder: Path, described: dict[str, Any]) -> Named:
     """Of the weights of a folder of transformers, which may be in parts."""
+    tied = described.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise CheckpointError(f"{folder / 'config.json'}: tie_word_embeddings must be true or false, not {tied!r}.")
+    named: Named = {}
     if files := sorted(folder.glob("*.safetensors")):
-        named = {name: tensor for file in files for name, tensor in load_tensors(file).items()}
+        load = load_tensors
     elif files := sorted(folder.glob("pytorch_model*.bin")):
-        named = {name: tensor for file in files for name, tensor in load_pickled(file).items()}
+        load = load_pickled
     else:
         raise CheckpointError(f"{folder} has neither .safetensors files nor pytorch_model.bin.")
-    if described.get("tie_word_embeddings"):
+    for file in files:
+        part = load(file)
+        if twice := sorted(named.keys() & part.keys()):
+            raise CheckpointError(f"{folder} has the tensor {twice[0]!r} in {file.name} and in another file.")
+        named.update(part)
+    if tied:
         named.pop("head.weight", None)
     return named
 
@@ -95,16 +107,31 @@ def load_pickled(path: Path) -> Named:
     """Tensors by their names. Nothing is executed; raises CheckpointError for a file that holds anything else."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
+    except Exception as error:  # PyTorch answers damage with a dozen of them
         raise CheckpointError(f"{path} is not a file of tensors: {error}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise CheckpointError(f"{path} must hold tensors by their names, and nothing else.")
+    for name, tensor in loaded.items():
+        if not _is_plain(tensor):
+            raise CheckpointError(f"{path}: {name!r} must be a dense tensor with all its numbers in the file.")
     return loaded
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether it is as large in memory as its shape says: a view may claim any."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return math.prod(tensor.shape) * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def model_of(family: type[LanguageModel], tensors: Named, described: dict[str, Any], source: Path) -> LanguageModel:
     """The model of foreign tensors. Raises CheckpointError."""
     what = family.config_class.family
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{source}: tensor {name!r} must be one of {', '.join(DTYPES.values())}, not {tensor.dtype}."
+            )
     try:
         config, named = family.from_foreign(tensors, described)
         named = {name: tensor.to(getattr(torch, config.dtype)).contiguous() for name, tensor in named.items()}
@@ -131,6 +158,6 @@ def _copy_chat_template(source: Path, out: Path, tokenizer: Tokenizer) -> None:
 def _has_chat_template(path: Path) -> bool:
     try:
         described = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     return isinstance(described, dict) and isinstance(described.get("chat_template"), str)

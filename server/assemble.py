@@ -12,6 +12,7 @@ from model.families import family_of
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.config import ServerConfig
+from server.device import find_device
 from server.engine import LLM, LLMEngine
 from server.logs import configure_logging
 from server.stores import open_prefix_store, open_store
@@ -23,10 +24,11 @@ SWITCH_SECONDS = 0.0005
 
 def assemble(config: ServerConfig) -> FastAPI:
     """Make this process ready to serve, and the application that does. Raises ModelError and ConfigurationError."""
+    device = find_device(config.device)
     configure_logging(config.log_format)
     use_threads(config.threads)
     sys.setswitchinterval(SWITCH_SECONDS)
-    model, tokenizer = load_checkpoint(config.model, config.device)
+    model, tokenizer = load_checkpoint(config.model, device)
     return create_app(
         LLMEngine(model, tokenizer, config.engine),
         config.api,
@@ -39,8 +41,9 @@ def assemble(config: ServerConfig) -> FastAPI:
 
 def load_llm(config: ServerConfig) -> LLM:
     """The engine of these settings, without a server. Raises ModelError and ConfigurationError."""
+    device = find_device(config.device)
     use_threads(config.threads)
-    return LLM(config.model, config.engine, device=config.device)
+    return LLM(config.model, config.engine, device=device)
 
 
 def state_bytes(checkpoint: Path) -> int | None:

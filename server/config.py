@@ -15,7 +15,7 @@ from server.errors import ConfigurationError
 from server.logs import LogFormat
 from server.options import make, options_of
 from server.sessions import SessionsConfig
-from server.settings import check, setting
+from server.settings import LONGEST, check, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,16 @@ class ServerConfig:
     port: int = setting(8000, "Port to listen on; 0 for any that is free.", at_least=0, at_most=65535)
     device: str = setting("cpu", "cpu, cuda, cuda:1, mps ...")
     threads: int | None = setting(
-        None, "CPU threads of a step; if left out, one for each core that it may use.", at_least=1
+        None, "CPU threads of a step; if left out, one for each core that it may use.", at_least=1, at_most=1024
     )
     engine: EngineConfig = field(default_factory=EngineConfig)
     store: str | None = setting(None, "SQLite file or redis:// URL that keeps sessions; in memory if left out.")
     prefix_store: int = setting(0, "in the store for what leaves the prefix cache.", unit="MiB", at_least=0)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     api: APIConfig = field(default_factory=APIConfig)
-    drain_timeout: float = setting(30.0, "Seconds that running requests get after SIGTERM.", at_least=0)
+    drain_timeout: float = setting(
+        30.0, "Seconds that running requests get after SIGTERM.", at_least=0, at_most=LONGEST
+    )
     log_format: LogFormat = setting("text", "Log lines for people or for machines.")
     replicas: int = setting(1, "Replicas, with --ray.", at_least=1)
     max_replicas: int | None = setting(None, "Replicas under load, with --ray; no more than without it if left out.")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from server.errors import ConfigurationError
 
 MIB = 2**20
 SIZES = {"MiB": MIB}
+LONGEST = 10**9  # seconds that a setting may have, some 30 years: timers and stores cannot count any number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +34,27 @@ class Setting:
 
     def check(self, value: Any) -> None:
         """Raises ConfigurationError, which names the setting and its range, for a value out of it."""
+        if not self._allows(value):
+            shown = f"{Decimal(value) / self.scale:.6g} {self.unit}" if self.unit and value else value
+            raise ConfigurationError(f"{self.name} must be {self._range}, not {shown}.")
+
+    def _allows(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         low, high = self.at_least, self.at_most
-        if self.choices and value not in self.choices:
-            allowed = f"one of {', '.join(self.choices)}"
-        elif self.positive and not value > 0:
-            allowed = "positive"
-        elif low is not None and high is not None and not low <= value <= high:
-            allowed = f"from {low} to {high}"
-        elif low is not None and not low <= value:
-            allowed = f"at least {low}"
-        else:
-            return
-        shown = f"{value / self.scale:g} {self.unit}" if self.unit and value else value
-        raise ConfigurationError(f"{self.name} must be {allowed}, not {shown}.")
+        return (low is None or value >= low) and (high is None or value <= high) and (not self.positive or value > 0)
+
+    @property
+    def _range(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        low, high = self.at_least, self.at_most
+        if low is not None and high is not None:
+            return f"from {low} to {high}"
+        bounds = (self.positive and "positive", low is not None and f"at least {low}", high and f"at most {high}")
+        return " and ".join(bound for bound in bounds if bound) or "finite"
 
 
 def setting(default: Any, text: str, **more: Any) -> Any:

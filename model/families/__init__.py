@@ -49,7 +49,10 @@ def fields_to_choose(defaults: Mapping[str, Any] | None = None) -> dict[str, tup
 def config_of(architecture: str, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
     """A new model's. defaults: of fields that are not given, where the family has them. Raises ConfigError."""
     family, own = architectures()[architecture]
-    known = {field.name for field in dataclasses.fields(family.config_class)}
+    known = {field.name: field for field in dataclasses.fields(family.config_class)}
+    if other := sorted(fields.keys() - known.keys()):
+        options = ", ".join(name for name, field in known.items() if "text" in field.metadata)
+        raise ConfigError(f"{other[0]} means nothing to {architecture}, whose options are {options}; leave it out.")
     kept = {name: value for name, value in defaults.items() if name in known}
     return family.config_class.from_dict({**kept, **fields, **own})
 
@@ -60,6 +63,6 @@ def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
         if config := family.older_config(fields):
             return config
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(f'"model_type" must be one of {", ".join(FAMILIES)}, not {name!r}.')
     return FAMILIES[name].config_class.from_dict({k: v for k, v in fields.items() if k != "model_type"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -219,26 +219,43 @@ def from_foreign(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) ->
     Without a head of its own the model has that of the embedding.
     """
     norm_eps = described.get("layer_norm_epsilon", 1e-5)
-    if not isinstance(norm_eps, int | float):
-        raise ConfigError(f"layer_norm_epsilon must be a number, not {norm_eps!r}.")
+    if not isinstance(norm_eps, float) or not 0 < norm_eps < 1:
+        raise ConfigError(f"layer_norm_epsilon must be a number between 0 and 1, not {norm_eps!r}.")
     if described:
-        tensors = {_by_author(name): tensor for name, tensor in tensors.items()}
+        tensors = _by_name((_by_author(name), tensor) for name, tensor in tensors.items())
     tensors = {"head.weight": tensors["emb.weight"], **tensors}
     vocab_size, d_model = tensors["emb.weight"].shape
     dtypes = {tensor.dtype for tensor in tensors.values()}
     config = RWKV4Config(
         vocab_size=vocab_size,
         d_model=d_model,
-        n_layer=1 + max(int(number) for name in tensors for number in re.findall(r"^blocks\.(\d+)\.", name)),
+        n_layer=_count_blocks(tensors),
         d_ff=tensors["blocks.0.ffn.key.weight"].shape[0],
         tie_embeddings=torch.equal(tensors["head.weight"], tensors["emb.weight"]),
-        norm_eps=float(norm_eps),
+        norm_eps=norm_eps,
         dtype=str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32",  # type: ignore[arg-type]
     )
-    renamed = dict(_renamed(tensors))
+    renamed = _by_name(_renamed(tensors))
     if config.tie_embeddings:
         del renamed["head.weight"]
     return config, renamed
+
+
+def _by_name(pairs: Iterable[tuple[str, Tensor]]) -> Named:
+    named: Named = {}
+    for name, tensor in pairs:
+        if name in named:
+            raise ValueError(f"two of its tensors have the name {name!r} once they are renamed.")
+        named[name] = tensor
+    return named
+
+
+def _count_blocks(names: Collection[str]) -> int:
+    numbers = {number for name in names for number in re.findall(r"^blocks\.(\d+)\.", name)}
+    n = len(numbers)
+    if wrong := numbers - {str(number) for number in range(n)}:
+        raise ValueError(f"its {n} blocks must have the numbers from 0 to {n - 1}, not {min(wrong)}.")
+    return n
 
 
 def _by_author(name: str) -> str:

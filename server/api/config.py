@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.errors import ConfigurationError
-from server.settings import check, setting
+from server.settings import LONGEST, check, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,9 @@ class APIConfig:
     model_name: str = "aft"
     max_body_size: int = setting(4 * 2**20, "of a request's body.", unit="MiB", positive=True)
     max_prompts: int = setting(128, "Prompts of a request.", at_least=1)
-    request_timeout: float | None = setting(None, "Seconds after which a request fails.", positive=True)
+    request_timeout: float | None = setting(
+        None, "Seconds after which a request fails.", positive=True, at_most=LONGEST
+    )
     api_keys: tuple[str, ...] = setting(
         (), "Keys that requests must send, separated by spaces. Better in AFT_API_KEYS than here."
     )

@@ -22,6 +22,7 @@ from model.training.data import PackedBatches, Source, encode_documents, read_do
 from model.training.evaluate import bits_per_character
 from model.training.progress import ProgressReport, plot_history
 from model.training.trainer import Record, Trainer, init_processes, process_rank, write_history
+from server.device import find_device
 from server.options import option, options_of
 
 LOSS_CURVE_FILE, HISTORY_FILE = "loss.png", "training_log.jsonl"
@@ -128,9 +129,12 @@ def check_lengths(documents: list[str], tokenizer: Tokenizer, model: LanguageMod
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is an accelerator if there is one (under torchrun, the process's own), and the CPU otherwise."""
+    """ "auto" is an accelerator if there is one (under torchrun, the process's own), and the CPU otherwise.
+
+    Raises ConfigurationError for one that is not here.
+    """
     if name != "auto":
-        return torch.device(name)
+        return find_device(name)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")

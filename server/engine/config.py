@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from model.backends.native.matrices import FORMATS
 from server.errors import ConfigurationError
-from server.settings import MIB, check, setting
+from server.settings import LONGEST, MIB, check, setting
 
 DEFAULT_MAX_MODEL_LEN = 2**20
 
@@ -28,12 +28,14 @@ class EngineConfig:
     max_num_seqs: int = setting(32, "Texts that are decoded at a time.", at_least=1)
     state_memory: int = setting(2**30, "for their states; a bound on --max-num-seqs.", unit="MiB", positive=True)
     max_queue_length: int = setting(256, "Requests that may wait; beyond it, 429.", at_least=0)
-    chunk_size: int = setting(256, "Tokens of a prompt read at a time, between tokens of others.", at_least=1)
+    chunk_size: int = setting(
+        256, "Tokens of a prompt read at a time, between tokens of others.", at_least=1, at_most=2**16
+    )
     prefix_cache_bytes: int = setting(
         2**28, "of states after prompts that may come again.", name="prefix_cache", unit="MiB", at_least=0
     )
     max_grammar_length: int = setting(2**16, "Characters of a JSON schema or regular expression.", at_least=1)
-    grammar_timeout: float = setting(5.0, "Seconds in which a grammar must compile.", positive=True)
+    grammar_timeout: float = setting(5.0, "Seconds in which a grammar must compile.", positive=True, at_most=LONGEST)
     batch_invariant: bool = setting(False, "Bitwise the same text in any batch; slower where no compiled kernels run.")
     quantize: str | None = setting(
         None, "Format that matrices are kept in, if not as they are stored; CPUs only.", choices=tuple(FORMATS)

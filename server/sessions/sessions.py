@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from server.engine import Conversation, StateFiles
 from server.errors import BusySessionError, NotFoundError, QuotaError
-from server.settings import check, setting
+from server.settings import LONGEST, check, setting
 from server.stores import Session, SessionStore
 
 EMPTY = b""  # the conversation of a session without turns
@@ -23,8 +23,10 @@ class SessionsConfig:
     Where there are no API keys, max_sessions is of everyone together.
     """
 
-    session_ttl: float = setting(86_400, "Seconds after its last use when a session is forgotten.", positive=True)
-    max_sessions: int = setting(10_000, "Sessions of one API key.", at_least=1)
+    session_ttl: float = setting(
+        86_400, "Seconds after its last use when a session is forgotten.", positive=True, at_most=LONGEST
+    )
+    max_sessions: int = setting(10_000, "Sessions of one API key.", at_least=1, at_most=2**31 - 1)
 
     def __post_init__(self) -> None:
         check(self)

@@ -82,7 +82,9 @@ def test_truncated_weights_are_refused(length: int, damaged: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "must be a JSON object"),
+        ('{"model_type": ["aft"]}', '"model_type" must be one of aft, rwkv4'),
         ('{"model_type": "gpt2"}', '"model_type" must be one of aft, rwkv4'),
         ('{"model_type": "aft", "layers": 3}', "Unknown configuration field 'layers'"),
         ('{"model_type": "aft", "variant": "conv"}', "'d_model' is missing"),
@@ -91,6 +93,17 @@ def test_truncated_weights_are_refused(length: int, damaged: Path) -> None:
 def test_a_bad_configuration_is_explained(content: str, message: str, damaged: Path) -> None:
     (damaged / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(damaged)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_layer", 10**9), ("d_ff", 10**30), ("d_model", 2**62), ("n_layer", 3), ("d_ff", 33)]
+)
+def test_a_size_that_the_weights_do_not_have_is_explained(field: str, value: int, damaged: Path) -> None:
+    """Before as much as that is made."""
+    fields = json.loads((damaged / "config.json").read_text()) | {field: value}
+    (damaged / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=rf"{field} must be a whole number|lacks the tensor|asks for"):
         load_checkpoint(damaged)
 
 

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from model import AFTConfig, RWKV4Config
 from model.errors import ConfigError
-from model.families import config_from_dict
+from model.families import config_from_dict, config_of, family_of
 from tests.conftest import VARIANTS, tiny_config
 
 
@@ -31,13 +32,19 @@ def test_is_frozen() -> None:
         ("vocab_size", 0),
         ("d_model", -4),
         ("d_model", "16"),
+        ("d_model", 10**30),
+        ("vocab_size", 2**28 + 1),
         ("n_layer", 1.5),
+        ("n_layer", 1025),
+        ("n_layer", 10**9),
         ("n_head", 3),
         ("n_head", True),
         ("window", 0),
         ("d_bias", None),
         ("max_positions", 0),
         ("d_ff", 0),
+        ("d_ff", 10**30),
+        ("window", 10**30),
         ("norm_eps", 0.0),
         ("position_embeddings", 1),
     ],
@@ -67,9 +74,25 @@ def test_a_field_of_another_family_is_refused_by_name(field: str) -> None:
         RWKV4Config.from_dict(tiny_config("rwkv4").to_dict() | {field: 1})
 
 
+def test_an_option_of_another_family_is_refused_with_those_that_there_are() -> None:
+    sentence = "window means nothing to rwkv4, whose options are d_model, n_layer, d_ff; leave it out."
+    with pytest.raises(ConfigError, match=f"^{sentence}$"):
+        config_of("rwkv4", {"vocab_size": 400, "window": 4}, {"d_model": 16, "n_layer": 2})
+
+
 def test_an_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="\"model_type\" must be one of aft, rwkv4, not 'gpt2'"):
-        config_from_dict({"model_type": "gpt2"})
+    names: list[object] = ["gpt2", 3, None, ["aft"], {"aft": 1}]
+    for name in names:
+        with pytest.raises(ConfigError, match=re.escape(f'"model_type" must be one of aft, rwkv4, not {name!r}.')):
+            config_from_dict({"model_type": name})
+
+
+def test_the_largest_model_has_a_form() -> None:
+    """Without memory; sizes beyond those that are allowed would be beyond what PyTorch can count, too."""
+    sizes = dict.fromkeys(["vocab_size", "d_model", "d_ff", "n_head", "window", "d_bias", "max_positions"], 2**28)
+    for variant in ("conv", "local"):
+        config = tiny_config(variant, tie_embeddings=False, position_embeddings=True, n_layer=1, **sizes)
+        assert family_of(config).empty(config).num_parameters > 2**58
 
 
 def test_what_version_0_2_called_a_variant_of_aft_is_its_family() -> None:

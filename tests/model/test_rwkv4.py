@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,24 @@ def test_no_pickle_is_executed(tokenizer_file: Path, tmp_path: Path) -> None:
         ({"blocks.0.att.time_decay": torch.full((32,), float("nan"))}, "holds NaN"),
         ({"blocks.0.att.time_mix_v": torch.zeros(1, 1, 31)}, "is not a model of rwkv4"),
         ({"blocks.0.ffn.key.weight": torch.tensor(1.0)}, "is not a model of rwkv4"),
+        ({"blocks.99999999999999999999999.x": torch.ones(1)}, "3 blocks must have the numbers from 0 to 2, not 99999"),
+        ({"embedding.weight": torch.ones(400, 32)}, "two of its tensors have the name 'embedding.weight'"),
+        ({"norm.weight": torch.ones(32)}, "two of its tensors have the name 'norm.weight'"),
+        (
+            {"blocks.0.att.key.weight": torch.ones(32, 32).int()},
+            "key.weight' must be one of float32, bfloat16, float16,",
+        ),
+        ({"blocks.0.att.key.weight": torch.ones(32, 32).bool()}, "not torch.bool"),
+        ({"blocks.0.att.key.weight": torch.ones(32, 32).to(torch.complex64)}, "not torch.complex64"),
+        ({"blocks.0.att.key.weight": torch.ones(32, 32).double()}, "not torch.float64"),
+        (
+            {"blocks.0.att.key.weight": torch.ones(32, 32).to("meta")},
+            "'blocks.0.att.key.weight' must be a dense tensor",
+        ),
+        ({"blocks.0.att.key.weight": torch.ones(32, 32).to_sparse()}, "must be a dense tensor"),
+        ({"blocks.0.ln1.weight": torch.ones(1).expand(2**40)}, "must be a dense tensor with all its numbers"),
+        ({"blocks.3.ln1.weight": torch.ones(32)}, "3 blocks must have the numbers from 0 to 2, not 3"),
+        ({"blocks.01.ln1.weight": torch.ones(32)}, "3 blocks must have the numbers from 0 to 2, not 01"),
     ],
 )
 def test_other_tensors_are_refused_by_name(
@@ -231,12 +250,41 @@ def test_other_tensors_are_refused_by_name(
         convert(tmp_path / "model.pth", tmp_path / "ours", tokenizer_file)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({1: torch.ones(1)}, "must hold tensors by their names"),
+        ([torch.ones(1)], "must hold tensors by their names"),
+        ({"step": 3}, "'step' must be a dense tensor"),
+        ({"emb": {"weight": torch.ones(1)}}, "'emb' must be a dense tensor"),
+        ({"a": torch.ones(1)}, "holds no model of a family that can be converted"),
+    ],
+)
+def test_a_pth_file_of_anything_else_is_refused(
+    content: object, message: str, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "model.pth", tmp_path / "ours", tokenizer_file)
+
+
+def test_a_damaged_pth_file_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:
+    """Whatever PyTorch's reader raises: here of its dozen a KeyError and an IndexError."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "model.pth")
+    whole = (tmp_path / "model.pth").read_bytes()
+    start = whole.index(b"\x80\x02}")  # of the pickle in it
+    for damage in (b"\x80\x02j", b"\x80\x02s"):
+        (tmp_path / "model.pth").write_bytes(whole[:start] + damage + whole[start + len(damage) :])
+        with pytest.raises(CheckpointError, match="is not a file of tensors"):
+            convert(tmp_path / "model.pth", tmp_path / "ours", tokenizer_file)
+
+
 def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
         convert(source, tmp_path / "ours", tokenizer_file)
-    others: list[object] = [{"model_type": "gpt2"}, []]
+    others: list[object] = [{"model_type": "gpt2"}, {"model_type": []}, {"model_type": {}}, []]
     for other in others:
         (source / "config.json").write_text(json.dumps(other))
         with pytest.raises(CheckpointError, match='must have "model_type": "rwkv"'):
@@ -249,11 +297,24 @@ def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None
         convert(source, tmp_path / "ours", tokenizer_file)
     torch.save(theirs().state_dict(), source / "pytorch_model.bin")
     (source / "config.json").write_text(json.dumps({"model_type": "rwkv", "layer_norm_epsilon": None}))
-    with pytest.raises(CheckpointError, match="layer_norm_epsilon must be a number, not None"):
+    with pytest.raises(CheckpointError, match="layer_norm_epsilon must be a number between 0 and 1, not None"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text(json.dumps({"model_type": "rwkv", "layer_norm_epsilon": 10**400}))
+    with pytest.raises(CheckpointError, match="layer_norm_epsilon must be a number between 0 and 1, not 1000"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text(json.dumps({"model_type": "rwkv", "tie_word_embeddings": "false"}))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings must be true or false, not 'false'"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
         convert(source, tmp_path / "ours", tokenizer_file)
     (source / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
     convert(source, tmp_path / "of_bin", tokenizer_file)
     theirs().save_pretrained(source)
+    shutil.copyfile(source / "model.safetensors", source / "model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match=r"has the tensor '.*' in model.safetensors and in another file"):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "model.fp16.safetensors").unlink()
     with pytest.raises(TokenizationError, match=r"must have one of tokenizer.model, tokenizer.json"):
         convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from server.api.tgi.batch import finished_ids
+from server.errors import InvalidRequestError
+
 LINES = [
     json.dumps({"inputs": "the fox", "parameters": {"max_new_tokens": 5}}),
     json.dumps({"id": "mine", "inputs": "a bird", "parameters": {"max_new_tokens": 3, "return_full_text": True}}),
@@ -25,6 +28,10 @@ LINES = [
     json.dumps({"id": "t", "inputs": "the fox", "parameters": {"top_n_tokens": 2}}),
     json.dumps({"id": "u", "inputs": "the fox", "parameters": {"truncate": 2}}),
     json.dumps({"id": "d", "inputs": "the fox", "parameters": {"decoder_input_details": True}}),
+    '{"id": "not UTF-8", "inputs": "\udcff"}',
+    '{"id": NaN, "inputs": "the fox"}',
+    '{"id": 1e999, "inputs": "the fox"}',
+    json.dumps({"id": "half a character", "inputs": "\ud800"}),
 ]
 
 
@@ -42,7 +49,7 @@ def read(path: Path) -> dict[Any, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("batch") / "in.jsonl"
-    path.write_text("\n".join(LINES))
+    path.write_bytes("\n".join(LINES).encode(errors="surrogateescape"))
     return path
 
 
@@ -55,7 +62,7 @@ def target(checkpoint: Path, source: Path) -> Path:
 
 def test_every_line_is_answered(target: Path) -> None:
     answers = read(target)
-    assert set(answers) == {0, "mine", 3, 4, 5, "x", 7, "y", 9, *"stud"}
+    assert set(answers) == {0, "mine", 3, 4, 5, "x", 7, "y", 9, *"stud", 14, 15, 16, "half a character"}
     assert answers[0]["details"]["generated_tokens"] == 5
     assert answers[0]["details"]["seed"] is None
     assert answers["mine"]["generated_text"].startswith("a bird")
@@ -65,9 +72,59 @@ def test_every_line_is_answered(target: Path) -> None:
     assert answers[5]["error"].startswith("The body: Input should be a valid dictionary")
     assert answers["y"]["error"].startswith("repetition_penalty must be above 0")
     assert answers[9]["error"].startswith("The line is not JSON")
+    assert answers[14]["error"].startswith("The line is not JSON: 'utf-8' codec can't decode byte 0xff")
+    assert answers[15]["error"] == "The line is not JSON: NaN is not finite."
+    assert answers[16]["error"] == "The line is not JSON: 1e999 is not finite."
     refused = {"x": "stream", "s": "session_id", "t": "top_n_tokens", "u": "truncate", "d": "decoder_input_details"}
     for item_id, field in refused.items():
         assert answers[item_id]["error"] == f"{field} has no meaning in a batch file; leave it out."
+
+
+ANSWER = b'{"id": 0, "generated_text": "the fox"}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a story\nof two lines, the second without an end",
+        b"one line without an end",
+        b'{"inputs": "the fox"}',
+        b'{"id": 3, "inputs": "the fox"}\n',
+        b'{"id": 3, "inputs": "the fox"}',
+        b'{"generated_text": "the fox"}\n',
+        b"[]\n",
+        b"\n",
+        b"[" * 100_000 + b"\n",
+        b"\xff\n",
+        ANSWER + b"more",
+        ANSWER + b'{"inputs": "the fox"}\n{"id"',
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_stays_as_it_is(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InvalidRequestError, match="must hold answers and nothing else"):
+        finished_ids(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"",
+        b"{",
+        b'{"id": ',
+        b'{"id": "mi',
+        ANSWER[:-1],
+        b'{"id": 1, "generated_text": "", "details": {}',
+        b'{"id": 1, "error": "wh',
+    ],
+)
+def test_the_beginning_of_an_answer_is_cut_off(rest: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(ANSWER + rest)
+    assert finished_ids(path) == {"0"}
+    assert path.read_bytes() == ANSWER
 
 
 def test_a_stopped_run_goes_on(checkpoint: Path, source: Path, target: Path, tmp_path: Path) -> None:

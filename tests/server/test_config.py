@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from model import LanguageModel, Tokenizer, save_checkpoint
 from server.api.config import APIConfig
 from server.assemble import state_bytes
 from server.commands.main import app
+from server.commands.train import choose_device
 from server.config import ServerConfig, server_config
+from server.device import find_device
 from server.engine import EngineConfig, LLMEngine
 from server.errors import ConfigurationError
 
@@ -34,6 +38,47 @@ def test_mistakes_are_a_sentence() -> None:
         (["--replicas", "2", *STORE], "replicas and max_replicas need --ray."),
     ):
         assert refusal(*arguments) == sentence
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("threads", str(10**30), "from 1 to 1024"),
+        ("chunk-size", str(10**12), "from 1 to 65536"),
+        ("max-sessions", str(10**30), "from 1 to 2147483647"),
+        ("session-ttl", "inf", "positive and at most 1000000000"),
+        ("request-timeout", "inf", "positive and at most 1000000000"),
+        ("grammar-timeout", "1e+30", "positive and at most 1000000000"),
+        ("drain-timeout", "nan", "from 0 to 1000000000"),
+    ],
+)
+def test_a_number_that_nothing_can_count_is_a_sentence(option: str, value: str, sentence: str) -> None:
+    assert refusal(f"--{option}", value) == f"{option.replace('-', '_')} must be {sentence}, not {value}."
+
+
+@pytest.mark.parametrize("device", ["foo", "", "cuda", "cuda:1", "meta", "mps", "mkldnn", "privateuseone", "auto"])
+def test_a_device_that_is_not_here_is_a_sentence(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    sentence = f"device must be cpu on this machine, not {device!r}."
+    assert refusal("--device", device) == sentence
+    for command in (["generate"], ["batch", os.devnull, str(tmp_path / "out")]):
+        with pytest.raises(ConfigurationError) as error:
+            app([*command, "--device", device], standalone_mode=False)
+        assert str(error.value) == sentence
+    if device != "auto":
+        with pytest.raises(ConfigurationError) as error:
+            choose_device(device)
+        assert str(error.value) == sentence
+
+
+def test_the_devices_that_are_here_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert [find_device(name) for name in ("cpu", "cuda", "cuda:1")] == [
+        torch.device(name) for name in ("cpu", "cuda", "cuda:1")
+    ]
+    with pytest.raises(ConfigurationError, match="device must be cpu or cuda or cuda:0 or cuda:1 on this machine"):
+        find_device("cuda:2")
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

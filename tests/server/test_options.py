@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,8 @@ class Outer:
     kind: Literal["text", "json"] = setting("text", "A kind.")
     form: str | None = setting(None, "A form.", choices=("round", "flat"))
     exact: bool = setting(False, "Whether.")
+    limit: float = setting(3.0, "Seconds.", positive=True, at_most=9)
+    weight: float = setting(0.5, "A weight.")
     hidden: int = 3
 
     def __post_init__(self) -> None:
@@ -78,9 +81,15 @@ def test_every_field_has_an_option() -> None:
         "--form",
         "flat",
         "--exact",
+        "--limit",
+        "9",
+        "--weight",
+        "-1",
     ]
     inner = Inner(memory_bytes=3 * 2**20, cache=0, words=("b", "c"))
-    assert run(outer, *given) == Outer(name="a", port=0, inner=inner, kind="json", form="flat", exact=True)
+    assert run(outer, *given) == Outer(
+        name="a", port=0, inner=inner, kind="json", form="flat", exact=True, limit=9.0, weight=-1.0
+    )
 
 
 def test_and_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +129,8 @@ def test_help_is_the_fields() -> None:
         "--kind",
         "--form",
         "--exact",
+        "--limit",
+        "--weight",
         "--loud",
         "--help",
     ]
@@ -135,6 +146,12 @@ def test_help_is_the_fields() -> None:
         (Outer, {"port": 65536}, "port must be from 0 to 65535, not 65536."),
         (Outer, {"form": "bent"}, "form must be one of round, flat, not bent."),
         (Outer, {"port": -1}, "port must be from 0 to 65535, not -1."),
+        (Outer, {"limit": 0.0}, "limit must be positive and at most 9, not 0.0."),
+        (Outer, {"limit": math.inf}, "limit must be positive and at most 9, not inf."),
+        (Outer, {"limit": math.nan}, "limit must be positive and at most 9, not nan."),
+        (Outer, {"weight": math.inf}, "weight must be finite, not inf."),
+        (Outer, {"weight": math.nan}, "weight must be finite, not nan."),
+        (Inner, {"cache": -(10**400)}, "cache must be at least 0, not -9.53674e+393 MiB."),
     ],
 )
 def test_a_refusal_has_the_name_and_the_unit_that_people_use(config: Any, values: Any, sentence: str) -> None:

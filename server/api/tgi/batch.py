@@ -9,6 +9,8 @@ command is given again.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from server.errors import InvalidRequestError
 
 # A line has one text, of which an answer tells the end and no tokens.
 MEANINGLESS = ("stream", "session_id", "truncate", "top_n_tokens", "decoder_input_details")
+FIRST_BYTES = b'{"id": '  # of every answer
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,38 @@ def answers(llm: LLM, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
 
 
 def finished_ids(target: Path) -> set[str]:
-    """Ids, as JSON, of the lines in `target`. Cuts off a last line that a stopped run left incomplete."""
+    """Ids, as JSON, of the lines in `target`. Cuts off a last line that a stopped run left incomplete.
+
+    Raises InvalidRequestError, and leaves it as it is, for a file of anything else.
+    """
     if not target.exists():
         return set()
     content = target.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        target.write_bytes(whole)
-    return {json.dumps(json.loads(line)["id"]) for line in whole.splitlines()}
+    end = content.rfind(b"\n") + 1
+    done: set[str] = set()
+    for number, line in enumerate(content[:end].splitlines(), 1):
+        answer = _parsed(line)
+        if not _is_answer(answer):
+            raise InvalidRequestError(f"{target} must hold answers and nothing else, but its line {number} is none.")
+        done.add(json.dumps(answer["id"]))
+    if rest := content[end:]:
+        whole = _parsed(rest)
+        if not rest.startswith(FIRST_BYTES[: len(rest)]) or not (whole is None or _is_answer(whole)):
+            raise InvalidRequestError(f"{target} must hold answers and nothing else, but ends with something else.")
+        os.truncate(target, end)
+    return done
+
+
+def _parsed(line: bytes) -> Any:
+    """None for what is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, dict) and "id" in value and bool(value.keys() & {"generated_text", "error"})
 
 
 def write(out: TextIO, answer: dict[str, Any]) -> None:
@@ -75,15 +102,23 @@ def write(out: TextIO, answer: dict[str, Any]) -> None:
 
 def _lines(source: Path) -> Iterator[tuple[Any, object]]:
     """(id, JSON value) of every line that is not empty; the value is an InvalidRequestError if it is not JSON."""
-    with source.open(encoding="utf-8") as lines:
+    with source.open("rb") as lines:
         for number, line in enumerate(lines):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.decode(), parse_float=_finite, parse_constant=_finite)
             except (ValueError, RecursionError) as error:
                 fields = InvalidRequestError(f"The line is not JSON: {error}.")
             yield fields.pop("id", number) if isinstance(fields, dict) else number, fields
+
+
+def _finite(number: str) -> float:
+    """Raises ValueError for NaN and infinity, which Python reads and JSON does not have."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is not finite")
+    return value
 
 
 def _parse(item_id: Any, fields: object) -> Item:
