@@ -40,27 +40,33 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Learn a BPE vocabulary of `vocab_size` pieces, the 256 bytes and 2 special pieces included."""
+        """Learn a BPE vocabulary of `vocab_size` pieces, the 256 bytes and 2 special pieces included.
+
+        Raises TokenizationError where the texts do not give that many, or need more.
+        """
         model = BytesIO()
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            max_sentence_length=1 << 20,
-            unk_id=0,
-            eos_id=1,
-            eos_piece=END_OF_TEXT,
-            bos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
-        )
+        try:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                split_digits=True,
+                max_sentence_length=1 << 20,
+                unk_id=0,
+                eos_id=1,
+                eos_piece=END_OF_TEXT,
+                bos_id=-1,
+                pad_id=-1,
+                minloglevel=2,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise TokenizationError(f"vocab_size = {vocab_size} is none for these texts: {error}") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:

@@ -45,7 +45,9 @@ class TrainingConfig:
         for field in ("steps", "batch_size", "context", "evaluate_every", "validation_documents", "checkpoint_every"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1, not {getattr(self, field)}.")
-        for field in ("warmup_steps", "weight_decay", "final_learning_rate", "seed"):
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be from 0 to {2**63 - 1}, not {self.seed}.")
+        for field in ("warmup_steps", "weight_decay", "final_learning_rate"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} must be at least 0 and finite, not {getattr(self, field)}.")
         for field in ("learning_rate", "gradient_clip"):

@@ -163,3 +163,9 @@ def test_other_tokenizer_files_are_refused(byte_level: HuggingFaceTokenizer, tmp
         (tmp_path / name).touch()
     with pytest.raises(TokenizationError, match=r"it has tokenizer.json, rwkv_vocab.txt"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [-3, 0, 1, 200, 100_000, 10**15])
+def test_a_vocabulary_that_the_texts_do_not_give_is_a_sentence(vocab_size: int) -> None:
+    with pytest.raises(TokenizationError, match=f"^vocab_size = {vocab_size} is none for these texts"):
+        SentencePieceTokenizer.train(STORIES, vocab_size)

@@ -140,7 +140,15 @@ def test_only_matrices_decay() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("batch_size", -1), ("learning_rate", 0.0), ("warmup_steps", -1), ("weight_decay", math.nan)],
+    [
+        ("steps", 0),
+        ("batch_size", -1),
+        ("learning_rate", 0.0),
+        ("warmup_steps", -1),
+        ("weight_decay", math.nan),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
 )
 def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"^{field} must be "):
