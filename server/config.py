@@ -67,7 +67,6 @@ class ServerConfig:
 @options_of(ServerConfig)
 def server_config(
     *,
-    model: Path,
     store: str | None,
     api_keys: str | None,
     served_model_name: Annotated[
@@ -79,11 +78,10 @@ def server_config(
     **options: Any,
 ) -> ServerConfig:
     """Of the options of `aft serve`, for any working folder. Raises ConfigurationError."""
-    model = model.resolve()
     store = store if store is None or "://" in store else str(Path(store).resolve())
-    config = make(ServerConfig, {**options, "model": model, "store": store})
+    config = make(ServerConfig, {**options, "store": store})
     keys = _api_keys(api_keys, api_key_file)
-    return replace(config, api=replace(config.api, model_name=served_model_name or model.name, api_keys=keys))
+    return replace(config, api=replace(config.api, model_name=served_model_name or config.model.name, api_keys=keys))
 
 
 def _api_keys(given: str | None, path: Path | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
@@ -49,6 +50,8 @@ def make(config: type[Config], values: Mapping[str, Any]) -> Config:
         value = values.get(told.name)
         if value is not None and types[name] == WORDS:
             given[name] = tuple(value.split())
+        elif isinstance(value, Path):
+            given[name] = value.resolve()  # for processes that work in another folder
         elif value is not None:
             given[name] = value * told.scale if told.unit else value
     return config(**given)

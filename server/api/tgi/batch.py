@@ -25,8 +25,14 @@ from server.engine import LLM
 from server.engine.llm import Result
 from server.errors import InvalidRequestError
 
-# A line has one text, of which an answer tells the end and no tokens.
-MEANINGLESS = ("stream", "session_id", "truncate", "top_n_tokens", "decoder_input_details")
+# A line has one text, of which an answer tells the end, and no tokens.
+MEANINGFUL = frozenset(
+    {
+        *("inputs", "parameters"),
+        *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "typical_p", "seed", "stop", "best_of"),
+        *("repetition_penalty", "frequency_penalty", "grammar", "watermark", "return_full_text", "details"),
+    }
+)
 FIRST_BYTES = b'{"id": '  # of every answer
 
 
@@ -126,7 +132,8 @@ def _parse(item_id: Any, fields: object) -> Item:
     if isinstance(fields, InvalidRequestError):
         raise fields
     body = parse_generate_request(fields)
-    if asked := [name for name in MEANINGLESS if getattr(body, name, None) or getattr(body.given, name, None)]:
+    given = {**body.model_dump(exclude_none=True), **(body.given.model_dump(exclude_none=True))}
+    if asked := [name for name, value in given.items() if value and name not in MEANINGFUL]:
         raise InvalidRequestError(f"{asked[0]} has no meaning in a batch file; leave it out.")
     return Item(item_id, body.inputs, sampling_params(body.given), body.prefix)
 
