@@ -44,8 +44,12 @@ class Source:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a UTF-8 file that separates them by a line `<|endoftext|>`."""
-    parts = re.split(rf"^{re.escape(END_OF_TEXT)}$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    """The documents of a UTF-8 file that separates them by a line `<|endoftext|>`. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must be text in UTF-8: {error}.") from error
+    parts = re.split(rf"^{re.escape(END_OF_TEXT)}$", text, flags=re.MULTILINE)
     return [part.strip("\n") for part in parts if part.strip()]
 
 

@@ -73,6 +73,18 @@ async def stream(host: str, port: int, path: str, body: dict[str, Any], api_key:
     return timing
 
 
+def parse_url(url: str) -> tuple[str, int]:
+    """Host and port. Raises BenchError."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or 80
+    except ValueError as error:
+        raise BenchError(f"url must be http://HOST:PORT, not {url!r}: {error}.") from error
+    if parts.scheme != "http" or not host:
+        raise BenchError(f"url must be http://HOST:PORT, not {url!r}.")
+    return host, port
+
+
 def run_fast(main: Coroutine[Any, Any, T]) -> T:
     """As asyncio.run, on the event loop that costs least."""
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
@@ -82,13 +94,13 @@ def run_fast(main: Coroutine[Any, Any, T]) -> T:
 async def run(
     url: str, bodies: list[dict[str, Any]], n_clients: int, *, path: str = "/generate", api_key: str | None = None
 ) -> list[Timing]:
-    """Timings of all bodies, of which `n_clients` are under way at a time."""
-    address = urlsplit(url)
+    """Timings of all bodies, of which `n_clients` are under way at a time. Raises BenchError as `stream`."""
+    host, port = parse_url(url)
     gate = asyncio.Semaphore(n_clients)
 
     async def one(body: dict[str, Any]) -> Timing:
         async with gate:
-            return await stream(address.hostname or "127.0.0.1", address.port or 80, path, body, api_key)
+            return await stream(host, port, path, body, api_key)
 
     return await asyncio.gather(*(one(body) for body in bodies))
 

@@ -13,6 +13,7 @@ import typer
 from model import LanguageModel, Tokenizer, save_checkpoint
 from server.api.config import APIConfig
 from server.assemble import state_bytes
+from server.commands.bench import BenchError
 from server.commands.main import app
 from server.commands.train import choose_device
 from server.config import ServerConfig, server_config
@@ -54,6 +55,13 @@ def test_mistakes_are_a_sentence() -> None:
 )
 def test_a_number_that_nothing_can_count_is_a_sentence(option: str, value: str, sentence: str) -> None:
     assert refusal(f"--{option}", value) == f"{option.replace('-', '_')} must be {sentence}, not {value}."
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://[::1", "127.0.0.1:8000", "nonsense", "https://a"])
+def test_bench_asks_a_server_over_http_only(url: str) -> None:
+    with pytest.raises(BenchError) as error:
+        app(["bench", "--url", url], standalone_mode=False)
+    assert str(error.value).startswith(f"url must be http://HOST:PORT, not {url!r}")
 
 
 @pytest.mark.parametrize("device", ["foo", "", "cuda", "cuda:1", "meta", "mps", "mkldnn", "privateuseone", "auto"])

@@ -29,6 +29,12 @@ def test_documents_are_separated_by_lines(text: str, documents: list[str], tmp_p
     assert read_documents(path) == documents
 
 
+def test_a_file_that_is_not_text_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"one \xff")
+    with pytest.raises(ConfigError, match=r"text.txt must be text in UTF-8: .* position 4"):
+        read_documents(tmp_path / "text.txt")
+
+
 def test_every_document_stands_between_ends(tokenizer: Tokenizer) -> None:
     end = tokenizer.end_of_text_id
     a, b = tokenizer.encode("the fox"), tokenizer.encode("bird")
