@@ -57,7 +57,9 @@ def train(
     """
     target = choose_device(device)
     init_processes(target)
-    shape = {name: settings.pop(name) for name in fields_to_choose()}
+    shape = {name: value for name in fields_to_choose() if (value := settings.pop(name)) is not None}
+    if init and (given := [*shape, *(["tokenizer"] if tokenizer else [])]):
+        raise ConfigError(f"{given[0]} is that of the checkpoint with init; leave it out.")
     config = TrainingConfig(data=tuple(Source.parse(text) for text in data), compile=compile_loss, **settings)
     console = Console(quiet=process_rank() > 0)
     documents = [read_documents(source.path) for source in config.data]
@@ -67,8 +69,7 @@ def train(
         model.requires_grad_()
     else:
         words = prepare_tokenizer(out, tokenizer, config, documents, vocab_size, resume)
-        given = {name: value for name, value in shape.items() if value is not None}
-        architecture = config_of(variant, {**given, "vocab_size": words.vocab_size}, DEFAULTS)
+        architecture = config_of(variant, {**shape, "vocab_size": words.vocab_size}, DEFAULTS)
         model = family_of(architecture)(architecture).to(target)
     streams = [(encode_documents(d, words), s.repeats) for d, s in zip(documents, config.data, strict=True)]
     batches = PackedBatches(streams, batch_size=config.batch_size, context=config.context, seed=config.seed)
