@@ -95,7 +95,7 @@ def test_two_processes_give_the_losses_of_one(text: Path, tmp_path: Path) -> Non
             ["--data", "TEXT", "--validation", "TEXT", "--variant", "full", *SETTINGS, "--max-positions", "16"],
             "tokens of a validation document, not 16.",
         ),
-        (["--data", "TEXT", "--init", "x", "--d-model", "8"], "error: d_model is that of the checkpoint with init; leave"),
+        (["--data", "TEXT", "--init", "x", "--d-model", "8"], "error: d_model is that of the checkpoint"),
     ],
 )
 def test_mistakes_end_in_a_sentence(arguments: list[str], message: str, text: Path, tmp_path: Path) -> None:
