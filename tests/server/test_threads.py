@@ -57,7 +57,7 @@ def test_they_are_set_before_a_model_is_loaded(start: Callable[..., Any], tmp_pa
 
 @pytest.mark.parametrize("start", [generate, batch, serve])
 def test_no_thread_is_too_few(start: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="threads must be at least 1, not 0"):
+    with pytest.raises(ConfigurationError, match="threads must be from 1 to 1024, not 0"):
         start(tmp_path, "--threads", "0")
 
 
