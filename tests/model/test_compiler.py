@@ -141,9 +141,9 @@ def test_a_program_runs_its_calls_in_order_and_keeps_their_tensors() -> None:
     out = torch.zeros(5, 33)
     expected = torch.nn.functional.layer_norm(x, (33,)) + torch.sigmoid(gate) * x
 
-    def written() -> compiler.Program:
+    def written() -> compiler.Tasks:
         weight, bias = torch.ones(33), torch.zeros(33)
-        return kernels.program([Norm(x, weight, bias, 1e-5, out), AddGated(gate, x, out)])
+        return kernels.tasks([Norm(x, weight, bias, 1e-5, out), AddGated(gate, x, out)])
 
     program = written()
     torch.full((10_000,), float("nan"))  # takes memory that was given back
@@ -161,4 +161,4 @@ def test_a_library_says_what_it_has() -> None:
 
     row = torch.zeros(1, 4)
     with pytest.raises(AttributeError, match="unknown"):
-        kernels.program([Unknown(row, row, row, 1e-5, row)])
+        kernels.tasks([Unknown(row, row, row, 1e-5, row)])

@@ -113,7 +113,7 @@ def test_inputs_and_outputs_may_be_columns_of_wider_tensors(
     x, results = wide[:, 10:30], torch.ones(7, 100)
     expected = results.clone()
     expected[:, 50:90] += function(F.linear(x, weight, bias))
-    kernels.program([matrix.call(x, results[:, 50:90], activation=activation, adds=True)]).run(7, 2)
+    kernels.tasks([matrix.call(x, results[:, 50:90], activation=activation, adds=True)]).run(7, 2)
     torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -119,7 +119,7 @@ class Case:
         )
         kernels = library()
         assert kernels is not None
-        kernels.program(program.calls).run(n_tokens, 1)
+        kernels.tasks(program.calls).run(n_tokens, 1)
         return out.tensor.view_as(self.values)
 
     def reference(self) -> Tensor:

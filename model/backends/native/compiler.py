@@ -55,7 +55,7 @@ class _Task(ctypes.Structure):
     _fields_ = (("run", ctypes.c_void_p), ("args", ctypes.c_void_p))
 
 
-class Program:
+class Tasks:
     """Calls of kernels, one after the other, each by all threads. Keeps what they point at."""
 
     def __init__(self, functions: ctypes.CDLL, calls: Sequence[Kernel]) -> None:
@@ -88,9 +88,9 @@ class Library:
         """Whether there is a kernel of that name."""
         return hasattr(self._functions, function)
 
-    def program(self, calls: Sequence[Kernel]) -> Program:
+    def tasks(self, calls: Sequence[Kernel]) -> Tasks:
         """Raises AttributeError for a kernel that there is not."""
-        return Program(self._functions, calls)
+        return Tasks(self._functions, calls)
 
 
 @cache

@@ -145,7 +145,7 @@ class PackedMatrix:
         """x [..., K] float32 -> [..., N]"""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = x.new_empty(len(rows), self.n_out)
-        self._kernels.program([self.call(rows, out)]).run(len(rows), torch.get_num_threads())
+        self._kernels.tasks([self.call(rows, out)]).run(len(rows), torch.get_num_threads())
         return out.view(*x.shape[:-1], self.n_out)
 
     def call(

@@ -120,7 +120,7 @@ class Pass:
         self._free: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         hidden, _ = model.run(self, layers)
         self._result = self.linear(hidden, model.output) if with_logits else hidden
-        self._program = weights.kernels.program(self.calls)
+        self._tasks = weights.kernels.tasks(self.calls)
         del self._weights  # what the kernels need, they keep
 
     def run(self, token_ids: Sequence[int], positions: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Pass:
         n_rows = len(token_ids)
         self._ids[:n_rows] = torch.tensor(token_ids)
         self.positions[:n_rows] = positions
-        self._program.run(n_rows, self.n_threads)
+        self._tasks.run(n_rows, self.n_threads)
         return self._result.tensor[:n_rows]
 
     # What recurrences write with.
