@@ -6,3 +6,5 @@ import os
 # is left out because it resembles another.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Where cores are shared a proxy takes minutes to start, and Ray would end it after three times 5 seconds.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "600")

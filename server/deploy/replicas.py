@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from typing import Any
@@ -117,7 +118,8 @@ def run(config: ServerConfig) -> None:
     deployed = application(config)
     ray.init(include_dashboard=False)
     end = _signal_to_end()  # before there is anything to drain
-    serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+    with contextlib.suppress(TimeoutError):  # Ray waits a minute for its proxy, which may come up later
+        serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
     try:
         handle = serve.run(deployed, name=NAME)
     except RuntimeError as error:
