@@ -256,6 +256,7 @@ def test_an_engine_that_died_says_so_and_lets_nobody_wait(tokenizer: Tokenizer) 
         async def main() -> None:
             engine.start()
             before = await engine.submit("the fox", ENDLESS)
+            await before.read()  # it has been added
             with mock.patch.object(engine._engine, "add_request", side_effect=RuntimeError("broken")):
                 last = await engine.submit("the fox", FIVE)
                 for stream in (before, last):
