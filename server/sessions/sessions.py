@@ -48,7 +48,8 @@ class Sessions:
     ) -> None:
         self.store, self.config, self._clock = store, config or SessionsConfig(), clock
         self._files = files
-        self._busy: set[str] = set()
+        # With the owner: whoever knows the id of another's session must neither hold it up nor see that it is busy.
+        self._busy: set[tuple[str, str]] = set()
 
     async def create(self, owner: str) -> Session:
         """A session without turns. Raises QuotaError if the owner has too many."""
@@ -85,14 +86,16 @@ class Sessions:
 
     async def begin_turn(self, session_id: str, owner: str) -> Turn:
         """Raises NotFoundError, and BusySessionError while another turn is under way."""
-        if session_id in self._busy:
+        key = owner, session_id
+        if key in self._busy:
+            await self._load(session_id, owner)  # what is not there is not busy
             raise BusySessionError(f"Session {session_id} has a turn under way.")
-        self._busy.add(session_id)
+        self._busy.add(key)
         try:
             session, data = await self._load(session_id, owner)
             start = await asyncio.to_thread(self._parse, data) if data != EMPTY else None
         except BaseException:
-            self._busy.discard(session_id)
+            self._busy.discard(key)
             raise
         return Turn(self, session, start)
 
@@ -110,8 +113,8 @@ class Sessions:
         if not await asyncio.to_thread(self.store.commit, following, data):
             raise BusySessionError(f"Session {session.session_id} was changed or deleted during this turn.")
 
-    def release(self, session_id: str) -> None:
-        self._busy.discard(session_id)
+    def release(self, session: Session) -> None:
+        self._busy.discard((session.owner, session.session_id))
 
     async def _add(self, owner: str, turn: int, num_tokens: int, data: bytes, n: int = 1) -> Sequence[Session]:
         now, most = self._clock(), self.config.max_sessions
@@ -145,7 +148,7 @@ class Turn:
 
     def release(self) -> None:
         """May be called again."""
-        self._sessions.release(self.session.session_id)
+        self._sessions.release(self.session)
 
 
 def _unknown(session_id: str) -> NotFoundError:
