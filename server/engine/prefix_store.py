@@ -109,12 +109,12 @@ class StoredPrefixes:
 
     def _parse(self, data: bytes, key: Key, has_logits: bool) -> Prefix | None:
         try:
-            snapshot, unread_ids = self._files.read(data)
+            snapshot, unread_ids = self._files.read(data, self._name(key, has_logits))
         except InvalidConversationError as error:
             logger.warning("A stored prefix is not used: %s", error)
             return None
         if (int(snapshot.state.position), unread_ids, snapshot.logits is not None) != (key.length, (), has_logits):
-            logger.warning("A stored prefix is not used: it is another's.")
+            logger.warning("A stored prefix is not used: It is what follows other tokens.")
             return None
         return Prefix(key, replace(snapshot, name=key.name))
 
@@ -137,7 +137,8 @@ class StoredPrefixes:
             return False
         snapshot = prefix.snapshot
         try:
-            self._store.put(self._name(prefix.key, snapshot.logits is not None), self._files.write(snapshot))
+            name = self._name(prefix.key, snapshot.logits is not None)
+            self._store.put(name, self._files.write(snapshot, key=name))
         except StoreUnavailableError:
             self._pause()
             return False
