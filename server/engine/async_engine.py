@@ -184,7 +184,7 @@ class AsyncEngine:
         if self._stored is None or request.start is not None or request.params.prompt_logprobs is not None:
             return None
         beginning = self._engine.beginning(request)
-        found = await asyncio.to_thread(self._stored.find, request.prompt_array, beginning)
+        found = await self._stored.look_up(request.prompt_array, beginning)
         if self._observer:
             self._observer.on_look_up(request.num_prompt_tokens, found.key.length if found else 0)
         return found
