@@ -43,7 +43,7 @@ def admit(http_request: Request, context: Context, *, model: str | None, n_promp
     context.model_named(model)
     if n_prompts > context.config.max_prompts:
         raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {n_prompts}.")
-    return context.engine.admit(n_prompts)
+    return context.engine.admit(n_prompts, owner_of(http_request))
 
 
 async def open_streams(
