@@ -18,8 +18,7 @@ class EngineConfig:
 
     max_model_len that is left out is DEFAULT_MAX_MODEL_LEN for a model that can read any number. What batch_invariant
     makes the same are tokens and log-probabilities, with and without cached prefixes; the compiled kernels always do.
-    Where PyTorch runs the model, the price is always decoding a full batch, and log-probabilities of vocabularies over
-    32,768 tokens may differ in the last bit.
+    Where PyTorch runs the model, the price is always decoding a full batch.
     """
 
     max_model_len: int | None = setting(
