@@ -50,7 +50,7 @@ def create_app(
         if prefix_store
         else None
     )
-    async_engine = AsyncEngine(engine, metrics, stored)
+    async_engine = AsyncEngine(engine, metrics, stored, n_owners=len(config.api_keys))
     sessions_config = sessions_config or SessionsConfig()
     store = store or SQLiteSessionStore(":memory:", sessions_config.session_memory)
     sessions = Sessions(store, engine.state_files, sessions_config)
