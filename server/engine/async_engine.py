@@ -32,10 +32,10 @@ from server.errors import (
     ServerError,
     ShuttingDownError,
 )
+from server.grammars.process import MAX_PROCESSES
 
 logger = logging.getLogger(__name__)
 
-GRAMMAR_THREADS = 2  # that compile at a time
 LONG_PROMPT = 4096  # characters from which a prompt is tokenised in a thread, so that streams go on meanwhile
 
 
@@ -63,14 +63,15 @@ class AsyncEngine:
     ) -> None:
         self._engine, self._observer, self._stored = engine, observer, stored
         self.info = EngineInfo.of(engine)
-        self._grammars = GrammarCompiler(engine.tokenizer)
+        self._grammars = GrammarCompiler(engine.tokenizer, engine.config.grammar_timeout)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
         self._n_requests = self._n_open = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Their own: a grammar past its timeout goes on, and must not take a thread of sessions, templates and prompts.
-        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
+        # Their own: they wait for grammars, and must not be threads of sessions, templates and prompts.
+        self._grammar_threads = ThreadPoolExecutor(MAX_PROCESSES, thread_name_prefix="grammar")
+        self._grammar_turn = asyncio.Semaphore(MAX_PROCESSES)
         self._draining = self._has_died = False
 
     def start(self) -> None:
@@ -103,6 +104,7 @@ class AsyncEngine:
     def stop(self) -> None:
         """End the thread after the current step. Requests still there end with ShuttingDownError."""
         self._draining = True
+        self._grammars.close()
         self._commands.put(None)
         self._thread.join()
 
@@ -193,14 +195,19 @@ class AsyncEngine:
         longest, timeout = self._engine.config.max_grammar_length, self._engine.config.grammar_timeout
         if len(grammar.source) > longest:
             raise InvalidRequestError(
-                f"grammar must have at most {longest} characters here, not {len(grammar.source)}."
+                f"{grammar.name} must have at most {longest} characters here, not {len(grammar.source)}."
             )
+        if known := self._grammars.find(grammar):
+            return known
+        try:
+            await asyncio.wait_for(self._grammar_turn.acquire(), timeout)
+        except TimeoutError as error:
+            raise OverloadedError(f"{grammar.name} waited {timeout:g} seconds for others to be compiled.") from error
         try:
             loop = asyncio.get_running_loop()
-            compiling = loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
-            return await asyncio.wait_for(compiling, timeout)
-        except TimeoutError as error:
-            raise InvalidRequestError(f"grammar took more than the {timeout:g} seconds it may take here.") from error
+            return await loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
+        finally:
+            self._grammar_turn.release()
 
     def _check_ready(self) -> None:
         if self._draining:
