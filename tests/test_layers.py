@@ -1,4 +1,4 @@
-"""Imports go down only: model, server.grammars <- server.engine <- server.stores <- server.sessions <- server.api <- command lines.
+"""Imports go down only: model and grammars <- engine <- stores <- sessions <- server.api <- command lines.
 
 An import counts wherever it stands, in a function as well, and so does what comes with it, however far down. What is
 imported for types only does not.
