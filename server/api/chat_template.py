@@ -54,17 +54,31 @@ class ChatTemplate:
                 return cls(source)
         return cls()
 
-    def token_ids(self, messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    def token_ids(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The prompt. Raises InvalidRequestError if the template refuses the messages.
+
+        add_generation_prompt: whether an answer is begun; continue_final_message: whether the prompt ends with the
+        content of the last message instead, without what the template writes after it.
 
         `bos_token` and `eos_token` of the template become the end-of-text token; the same characters in a message do
         not, because for the time of the rendering the token has a secret name.
         """
         mark = f"<{secrets.token_hex(16)}>"
+        end = f"<{secrets.token_hex(16)}> " if continue_final_message else ""
+        if end:
+            *earlier, last = messages
+            messages = [*earlier, {**last, "content": last["content"] + end}]
         try:
             text = self._template.render(
                 messages=messages,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
                 bos_token=mark,
                 eos_token=mark,
                 tools=None,
@@ -72,6 +86,8 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequestError(f"messages do not fit the model's chat template: {error}.") from error
+        if end:
+            text = _up_to(text, end)
         first, *rest = text.split(mark)
         # A template that begins with bos_token does what many tokenizers do by themselves: once is enough.
         ids = tokenizer.encode_text(first) if first or not rest else []
@@ -88,6 +104,14 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _up_to(text: str, end: str) -> str:
+    """What comes before `end`, whose space is gone if the template strips messages: then it is stripped here, too."""
+    before, found, after = text.rpartition(end.rstrip())
+    if not found:
+        raise InvalidRequestError("continue_final_message: the model's chat template does not write the last message.")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+import asyncio
+import codecs
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from server.api.context import ContextOf
-from server.api.messages import Message, as_template_input
-from server.api.validation import Body, TokenId
+from server.api.context import Context, ContextOf
+from server.api.messages import TEMPLATE_PEERS, Messages, TemplateOptions
+from server.api.streaming import BATCH, aside, json_answer, pieces_answer
+from server.api.submission import admit
+from server.api.validation import NO_EFFECT, Body, Peers, TokenIds, wrong
+from server.errors import InvalidRequestError
 
-ERRORS = (401, 404, 413, 422)
+ERRORS = (401, 404, 413, 422, 429, 503)
+MAX_LENGTH = 2**20  # characters or token ids of a request
 
 router = APIRouter(tags=["tokens"])
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateOptions):
     """`inputs` as text-generation-inference has it; `prompt`, or `messages` for the chat template, as vLLM has it.
 
     A prompt that is just the name of the end-of-text token is that token: lm-eval looks it up so.
     """
 
+    peers: ClassVar[Mapping[str, Peers]] = {
+        **TEMPLATE_PEERS,
+        # A body of text-generation-inference may be one of /generate.
+        **dict.fromkeys(("parameters", "stream", "options"), NO_EFFECT),
+    }
+
     model: str | None = None
     inputs: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether a text follows the token that starts every text; true if not given, refused for chats",
+    )
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    def _check_together(self) -> Self:
         if sum(value is not None for value in (self.inputs, self.prompt, self.messages)) != 1:
             raise ValueError("the body must have exactly one of inputs, prompt and messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise wrong("add_special_tokens", "add_special_tokens is the chat template's affair")
         return self
+
+    @property
+    def length(self) -> int:
+        """In characters."""
+        return len(self.inputs or self.prompt or "") + sum(len(message.content) for message in self.messages or ())
 
 
 class PlacedToken(BaseModel):
@@ -56,7 +81,7 @@ class Tokens(BaseModel):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[TokenIds, Field(max_length=MAX_LENGTH)]
 
 
 class Text(BaseModel):
@@ -73,29 +98,25 @@ class TokenizerInfo(BaseModel):
 
 
 @router.post("/tokenize", response_model=list[PlacedToken] | Tokens)
-def tokenize(body: TokenizeRequest, context: ContextOf) -> Response:
+async def tokenize(body: TokenizeRequest, context: ContextOf, http_request: Request) -> Response:
     """The ids of a text: a list of tokens for `inputs`, an object of ids for `prompt` or `messages`."""
-    # Not a coroutine, and its answer is made here: long texts must not hold up the streams of others.
     tokenizer = context.engine.info.tokenizer
-    context.model_named(body.model)
-    encode = tokenizer.encode if body.add_special_tokens is False else tokenizer.encode_text
+    with admit(http_request, context, model=body.model):
+        ids = await token_ids(body, context)
     if body.inputs is not None:
-        return JSONResponse(placed(encode(body.inputs), tokenizer))
-    if body.messages is not None:
-        ids = context.chat_template.token_ids(as_template_input(body.messages), tokenizer)
-    else:
-        assert body.prompt is not None
-        ids = [tokenizer.end_of_text_id] if body.prompt == END_OF_TEXT else encode(body.prompt)
-    strings = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
-    told = {"tokens": ids, "count": len(ids), "max_model_len": context.engine.info.max_model_len}
-    return JSONResponse({**told, "token_strs": strings})
+        return json_answer(placed(ids, tokenizer))
+    strings = map(tokenizer.piece, ids) if body.return_token_strs else None
+    told = {"tokens": iter(ids), "count": len(ids), "max_model_len": context.engine.info.max_model_len}
+    return json_answer({**told, "token_strs": strings})
 
 
-@router.post("/detokenize")
-def detokenize(body: DetokenizeRequest, context: ContextOf) -> Text:
+@router.post("/detokenize", response_model=Text)
+async def detokenize(body: DetokenizeRequest, context: ContextOf) -> Response:
     """The text of token ids. Bytes that are not UTF-8 become U+FFFD; the end-of-text token is no text."""
     context.model_named(body.model)
-    return Text(prompt=context.engine.info.tokenizer.decode(body.tokens))
+    tokenizer, ids = context.engine.info.tokenizer, body.tokens
+    await aside(len(ids), lambda: tokenizer.check(ids))
+    return pieces_answer(_text_pieces(ids, tokenizer))
 
 
 @router.get("/tokenizer_info")
@@ -111,9 +132,24 @@ def tokenizer_info(context: ContextOf) -> TokenizerInfo:
     )
 
 
-def placed(ids: list[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+async def token_ids(body: TokenizeRequest, context: Context) -> array[int]:
+    """As an array, which is a tenth of a list: clients may be slow to read what is made of it."""
+    if body.length > MAX_LENGTH:
+        raise InvalidRequestError(f"The text must have at most {MAX_LENGTH} characters here, not {body.length}.")
+    tokenizer, messages = context.engine.info.tokenizer, body.messages
+    if messages is not None:
+        template = context.chat_template
+        ids = await asyncio.to_thread(body.token_ids, messages, template, tokenizer)
+    elif body.prompt == END_OF_TEXT:
+        ids = [tokenizer.end_of_text_id]
+    else:
+        text, starts = body.prompt or body.inputs or "", body.add_special_tokens is not False
+        ids = await context.engine.encode(text, add_special_tokens=starts)
+    return array("i", ids)
+
+
+def placed(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """Each as a PlacedToken: tokens with their places; a token of a part of a character covers that character."""
-    tokens: list[dict[str, Any]] = []
     n_started = 0
     for token_id in ids:
         token_bytes = tokenizer.token_bytes[token_id]
@@ -122,5 +158,14 @@ def placed(ids: list[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
         goes_on = bool(token_bytes) and token_bytes[0] & 0xC0 == 0x80
         start, n_started = n_started - goes_on, n_started + starts
         text = tokenizer.token_text(token_id) if token_bytes else ""
-        tokens.append({"id": token_id, "text": text, "start": start, "stop": n_started})
-    return tokens
+        yield {"id": token_id, "text": text, "start": start, "stop": n_started}
+
+
+def _text_pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """A Text, whose tokens are many times as short as their text may be."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield '{"prompt":"'
+    for start in range(0, len(ids), BATCH):
+        decoded = decoder.decode(tokenizer.decode_bytes(ids[start : start + BATCH]), final=start + BATCH >= len(ids))
+        yield json.dumps(decoded, ensure_ascii=False)[1:-1]
+    yield '"}'

@@ -147,7 +147,11 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ({"inputs": ""}, "inputs must not be empty"),
         ({"inputs": 3}, "inputs: Input should be a valid string, not 3."),
         ({"inputs": "a", "input": "b"}, "input is not a known parameter."),
-        ({"inputs": "a", "parameters": {"max_tokens": 3}}, "parameters.max_tokens is not a known parameter."),
+        ({"input": "a"}, "input is not a known parameter; did you mean inputs?"),
+        (
+            {"inputs": "a", "parameters": {"max_tokens": 3}},
+            "parameters.max_tokens is not a known parameter; did you mean max_new_tokens?",
+        ),
         ({"inputs": "a", "parameters": {"temperature": 0}}, "parameters.temperature: Input should be greater than 0"),
         ({"inputs": "a", "parameters": {"top_p": 1.0}}, "parameters.top_p: Input should be less than 1"),
         ({"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k: Input should be greater than or equal to 1"),
@@ -161,7 +165,7 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ({"inputs": "a", "parameters": {"best_of": 2}}, "parameters: best_of above 1 needs sampling: set do_sample."),
         (
             {"inputs": "a", "parameters": {"adapter_id": "x"}},
-            "parameters: adapter_id is not supported: this server has no adapters",
+            "parameters.adapter_id is not supported: this server has no adapters; leave it out, or send null.",
         ),
         ({"inputs": "a", "parameters": {"typical_p": 1.0}}, "parameters.typical_p: Input should be less than 1"),
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "parameters.repetition_penalty: Input should be"),

@@ -278,7 +278,7 @@ def test_explicit_nulls_are_defaults(client: TestClient) -> None:
         assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize("name", ["aft", "dummy", "tgi", "", None])
+@pytest.mark.parametrize("name", ["aft", "dummy", "tgi", "", None, "http://127.0.0.1:8000"])
 def test_models_known_by_name(name: str | None, client: TestClient) -> None:
     assert complete(client, model=name, max_tokens=1)["model"] == "aft"
 
@@ -308,7 +308,9 @@ def test_models(client: TestClient) -> None:
     assert client.get("/v1/models/aft").json() == card
     for missing in (client.get("/v1/models/gpt"), post(client, prompt="a", model="gpt")):
         assert missing.status_code == 404
-        assert missing.json()["error"]["message"] == "There is no model 'gpt' here, only 'aft'."
+        error = missing.json()["error"]
+        assert error["message"] == "There is no model 'gpt' here, only 'aft'."
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
 @pytest.mark.parametrize(
@@ -329,11 +331,13 @@ def test_models(client: TestClient) -> None:
         ({"prompt": "a", "n": 3, "best_of": 2}, "best_of must be at least n."),
         ({"prompt": "a", "best_of": 2, "stream": True}, "best_of above n is not possible in a stream."),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options needs stream to be true."),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 'logit_bias: "x" is not a token id.'),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias: the bias of token 5 must be a number from -100"),
+        ({"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(2**16 + 1)), 1)}, "logit_bias: there must be at"),
         ({"prompt": "a", "logit_bias": {"400": 1}}, "logit_bias must hold token ids from 0 to 399, not 400."),
-        ({"prompt": "a", "max_tokens": 2**20}, "A prompt of 2 tokens and 1048576 new ones make 1048578, but at most"),
+        ({"prompt": "a", "max_tokens": 2**20}, "This model's maximum context length is 1048576 tokens, but"),
         ({"prompt": "a", "min_tokens": 17}, "min_tokens must be from 0 to max_tokens = 16, not 17."),
-        ({"prompt": "a", "suffix": "b"}, "suffix: Input should be None"),
+        ({"prompt": "a", "suffix": "b"}, "suffix is not supported: this server continues texts only; leave it out, or"),
         ({"prompt": "a", "guided_regex": "b"}, "guided_regex is not a known parameter."),
         ({"prompt": "a", "stop": ["a"] * 17}, "stop: List should have at most 16 items"),
         ({"prompt": "a", "stop": ""}, "stop.0: String should have at least 1 character"),
@@ -341,9 +345,20 @@ def test_models(client: TestClient) -> None:
         ({"prompt": "a", "response_format": {"type": "yaml"}}, "response_format: Input tag 'yaml'"),
         ({"prompt": "\ud800"}, "Text holds a lone surrogate at character 0."),
         ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: Input should be 'system'"),
+        ({"messages": [{"role": "", "content": "a"}]}, "messages.0.role: String should have at least 1 character"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+            "messages.0.tool_calls are not supported: this server calls none.",
+        ),
+        (
+            {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message and add_generation_prompt exclude each other.",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: content must be"),
-        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools: List should have at most 0 items"),
+        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools is not supported: this server calls none;"),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice is not supported: this server calls none;"),
+        ({"messages": MESSAGES, "max_new_tokens": 5}, "max_new_tokens is not a known parameter; did you mean max_"),
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs needs logprobs to be true."),
     ],
 )
@@ -372,7 +387,7 @@ def test_what_is_refused_at_the_door_costs_no_work(
     app = create_app(LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=1)))
     context = app.state.context
 
-    def work(*_: object) -> None:
+    def work(*_: object, **__: object) -> None:
         raise AssertionError("work was done")
 
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -423,9 +438,9 @@ def test_the_time_to_the_first_token_includes_the_template(
     template = client.app.state.context.chat_template  # type: ignore[attr-defined]
     render = template.token_ids
 
-    def slowly(messages: Any, tokenizer: Tokenizer) -> Any:
+    def slowly(*given: Any, **options: Any) -> Any:
         time.sleep(0.05)
-        return render(messages, tokenizer)
+        return render(*given, **options)
 
     monkeypatch.setattr(template, "token_ids", slowly)
     chat(client)

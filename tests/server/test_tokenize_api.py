@@ -39,7 +39,7 @@ def test_inputs_give_tokens_with_their_places(client: TestClient, tokenizer: Tok
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_places_cover_the_text(text: str) -> None:
     tokenizer = _tokenizer()
-    tokens = placed(tokenizer.encode(text), tokenizer)
+    tokens = list(placed(tokenizer.encode(text), tokenizer))
     assert {i for token in tokens for i in range(token["start"], token["stop"])} == set(range(len(text)))
     assert all(token["start"] < token["stop"] for token in tokens)
 

@@ -20,7 +20,7 @@ from model.errors import ModelError
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.tgi.protocol import parse_generate_request
-from server.api.tgi.serving import details, sampling_params
+from server.api.tgi.serving import sampling_params, sequence
 from server.engine import LLM
 from server.engine.llm import Result
 from server.errors import InvalidRequestError
@@ -142,6 +142,6 @@ def _answer(result: Result, item: Item, tokenizer: Tokenizer) -> dict[str, Any]:
     if result.error is not None:
         return {"error": str(result.error)}
     (completion,) = result.completions
-    told = details(completion, item.params, result.num_cached_tokens, tokenizer)
-    kept = {"finish_reason", "generated_tokens", "seed", "cached_tokens"}
-    return {"generated_text": item.prefix + completion.text, "details": told.model_dump(include=kept)}
+    told = {**sequence(completion, item.params, tokenizer), "cached_tokens": result.num_cached_tokens}
+    kept = ("finish_reason", "generated_tokens", "seed", "cached_tokens")
+    return {"generated_text": item.prefix + completion.text, "details": {name: told[name] for name in kept}}
