@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from server.api.errors import FAILED, STATUSES, Kind, Problem, by_kind, problem_of
@@ -24,6 +26,7 @@ class Contract:
     error_body  of a problem
     statuses    of errors that have others than STATUSES here
     responses   how its errors look, by status, for the OpenAPI document
+    events      what the data of its server-sent events is, for the same
     """
 
     router: APIRouter
@@ -31,6 +34,7 @@ class Contract:
     error_body: Callable[[Problem], dict[str, Any]]
     statuses: Mapping[Kind, int]
     responses: Mapping[int | str, dict[str, Any]]
+    events: tuple[type[BaseModel], ...] = ()
 
     def status_of(self, kind: Kind) -> int:
         return by_kind({**STATUSES, **self.statuses}, kind, FAILED)
@@ -49,6 +53,7 @@ class Contracts:
     """All contracts of an application. Each path is of the one that has the longest prefix of it, or else of "/"."""
 
     def __init__(self, contracts: Sequence[Contract]) -> None:
+        self.events = [event for contract in contracts for event in contract.events]
         self._by_prefix = {prefix: contract for contract in contracts for prefix in contract.prefixes}
 
     def of(self, path: str) -> Contract:
@@ -75,9 +80,17 @@ class Contracts:
                 return await on_error(
                     request, InvalidRequestError("The body is not JSON in UTF-8, or is nested too deeply.")
                 )
-            problem = Problem(InvalidRequestError, f"{error.detail}.")
+            near = _near(request) if error.status_code == 404 else ""
+            problem = Problem(InvalidRequestError, f"{error.detail}{near or '.'}")
             return JSONResponse(self.of(request.url.path).error_body(problem), error.status_code, error.headers)
 
         for kind in STATUSES:
             app.add_exception_handler(kind, on_error)
         app.add_exception_handler(HTTPException, on_http_error)
+
+
+def _near(request: Request) -> str:
+    """The route that was meant, if one is named nearly so."""
+    paths = [path for route in request.app.routes if (path := getattr(route, "path", None))]
+    near = difflib.get_close_matches(request.url.path[:100], paths, 1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""

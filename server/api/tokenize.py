@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info: text and token ids, as the routes that generate read them."""
+"""POST /tokenize, /chat_tokenize, /detokenize, GET /tokenizer_info: text and token ids, as other routes read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import codecs
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from fastapi import APIRouter, Request
@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from server.api.context import Context, ContextOf
-from server.api.messages import TEMPLATE_PEERS, Messages, TemplateOptions
+from server.api.messages import TEMPLATE_PEERS, Message, Messages, TemplateOptions
 from server.api.streaming import BATCH, aside, json_answer, pieces_answer
 from server.api.submission import admit
 from server.api.validation import NO_EFFECT, Body, Peers, TokenIds, wrong
@@ -57,10 +57,24 @@ class TokenizeRequest(TemplateOptions):
             raise wrong("add_special_tokens", "add_special_tokens is the chat template's affair")
         return self
 
-    @property
-    def length(self) -> int:
-        """In characters."""
-        return len(self.inputs or self.prompt or "") + sum(len(message.content) for message in self.messages or ())
+
+class ChatTokenizeRequest(TemplateOptions):
+    """A body of text-generation-inference's chats, of which only what makes the prompt has an effect."""
+
+    peers: ClassVar[Mapping[str, Peers]] = {
+        **TEMPLATE_PEERS,
+        **dict.fromkeys(
+            (
+                *("max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs"),
+                *("top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty", "response_format"),
+                *("tool_choice", "tool_prompt", "guideline"),
+            ),
+            NO_EFFECT,
+        ),
+    }
+
+    model: str | None = None
+    messages: Messages
 
 
 class PlacedToken(BaseModel):
@@ -77,6 +91,13 @@ class Tokens(BaseModel):
     count: int
     max_model_len: int
     token_strs: list[str] | None = None
+
+
+class ChatTokens(BaseModel):
+    """The prompt that a chat becomes."""
+
+    tokenize_response: list[PlacedToken]
+    templated_text: str
 
 
 class DetokenizeRequest(Body):
@@ -102,12 +123,22 @@ async def tokenize(body: TokenizeRequest, context: ContextOf, http_request: Requ
     """The ids of a text: a list of tokens for `inputs`, an object of ids for `prompt` or `messages`."""
     tokenizer = context.engine.info.tokenizer
     with admit(http_request, context, model=body.model):
-        ids = await token_ids(body, context)
+        ids = await _text_ids(body, context)
     if body.inputs is not None:
         return json_answer(placed(ids, tokenizer))
     strings = map(tokenizer.piece, ids) if body.return_token_strs else None
     told = {"tokens": iter(ids), "count": len(ids), "max_model_len": context.engine.info.max_model_len}
     return json_answer({**told, "token_strs": strings})
+
+
+@router.post("/chat_tokenize", response_model=ChatTokens)
+async def chat_tokenize(body: ChatTokenizeRequest, context: ContextOf, http_request: Request) -> Response:
+    """The prompt that a chat becomes, as text and as tokens."""
+    tokenizer = context.engine.info.tokenizer
+    with admit(http_request, context, model=body.model):
+        ids = await _chat_ids(body, body.messages, context)
+        text = await aside(len(ids), lambda: "".join(map(tokenizer.token_text, ids)))
+    return json_answer({"tokenize_response": placed(ids, tokenizer), "templated_text": text})
 
 
 @router.post("/detokenize", response_model=Text)
@@ -132,20 +163,26 @@ def tokenizer_info(context: ContextOf) -> TokenizerInfo:
     )
 
 
-async def token_ids(body: TokenizeRequest, context: Context) -> array[int]:
+async def _text_ids(body: TokenizeRequest, context: Context) -> array[int]:
+    if body.messages is not None:
+        return await _chat_ids(body, body.messages, context)
+    text, starts_texts = body.prompt or body.inputs or "", body.add_special_tokens is not False
+    _check_length(len(text))
+    if body.prompt == END_OF_TEXT:
+        return array("i", [context.engine.info.tokenizer.end_of_text_id])
+    return array("i", await context.engine.encode(text, add_special_tokens=starts_texts))
+
+
+async def _chat_ids(body: TemplateOptions, messages: Sequence[Message], context: Context) -> array[int]:
     """As an array, which is a tenth of a list: clients may be slow to read what is made of it."""
-    if body.length > MAX_LENGTH:
-        raise InvalidRequestError(f"The text must have at most {MAX_LENGTH} characters here, not {body.length}.")
-    tokenizer, messages = context.engine.info.tokenizer, body.messages
-    if messages is not None:
-        template = context.chat_template
-        ids = await asyncio.to_thread(body.token_ids, messages, template, tokenizer)
-    elif body.prompt == END_OF_TEXT:
-        ids = [tokenizer.end_of_text_id]
-    else:
-        text, starts = body.prompt or body.inputs or "", body.add_special_tokens is not False
-        ids = await context.engine.encode(text, add_special_tokens=starts)
-    return array("i", ids)
+    _check_length(sum(len(message.content) for message in messages))
+    template, tokenizer = context.chat_template, context.engine.info.tokenizer
+    return array("i", await asyncio.to_thread(body.token_ids, messages, template, tokenizer))
+
+
+def _check_length(n_characters: int) -> None:
+    if n_characters > MAX_LENGTH:
+        raise InvalidRequestError(f"The text must have at most {MAX_LENGTH} characters here, not {n_characters}.")
 
 
 def placed(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:

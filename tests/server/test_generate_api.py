@@ -10,13 +10,15 @@ import httpx2
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from model import LanguageModel, Tokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
 from model.sampling.watermark import z_score
 from server.api.app import create_app
-from server.api.tgi.protocol import GenerateParameters, StreamEvent
+from server.api.tgi.protocol import GenerateParameters, GenerateRequest, StreamEvent
+from server.api.validation import validation_sentence
 from server.engine import EngineConfig, LLMEngine
 
 
@@ -316,3 +318,46 @@ def test_a_full_queue_answers_429_with_retry_after(network: LanguageModel, token
             assert int(response.headers["retry-after"]) >= 1
         occupied.close()
         assert post(client, inputs="The fox").status_code == 200
+
+
+def test_fields_of_peers_that_ask_for_nothing_are_taken(client: TestClient) -> None:
+    parameters = {"num_beams": 1, "num_return_sequences": 1, "adapter_id": None, "unheard_of": None}
+    body: dict[str, Any] = {
+        "options": {"use_cache": False},
+        "max_retries": 2,
+        "whatever": None,
+        "parameters": parameters,
+    }
+    assert post(client, inputs="The fox", **body).status_code == 200
+    refused = post(client, inputs="The fox", parameters={"num_beams": 4}).json()["error"]
+    assert refused.startswith("parameters.num_beams is not supported: this server has no such thing; leave it out, or")
+
+
+def test_a_length_can_be_asked_for_whatever_the_model_says(client: TestClient, tokenizer: Tokenizer) -> None:
+    """vLLM's benchmark of servers with this contract does."""
+    parameters = {
+        "max_new_tokens": 30,
+        "details": True,
+        "ignore_eos_token": True,
+        "temperature": 3.0,
+        "do_sample": True,
+    }
+    for seed in range(5):
+        details = post(client, inputs="The fox", parameters={**parameters, "seed": seed}).json()["details"]
+        assert (details["finish_reason"], details["generated_tokens"]) == ("length", 30)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {str(i): 0 for i in range(100_000)},
+        {"inputs": "a", "parameters": {str(i): 0 for i in range(100_000)}},
+        {"inputs": "a", "parameters": {"stop": [0] * 100_000}},
+        {"inputs": {str(i): 0 for i in range(100_000)}},
+    ],
+)
+def test_validation_ends_at_the_first_error(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as raised:
+        GenerateRequest.model_validate(body)
+    assert raised.value.error_count() == 1
+    assert len(validation_sentence(raised.value.errors())) < 200

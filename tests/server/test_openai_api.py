@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import time
 from typing import Any
 
@@ -15,8 +16,10 @@ from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
 from model import LanguageModel, Tokenizer
+from server.api import streaming
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
+from server.api.openai import completions
 from server.api.openai.protocol import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -24,6 +27,7 @@ from server.api.openai.protocol import (
     CompletionRequest,
     CompletionResponse,
 )
+from server.api.openai.serving import token_name
 from server.engine import EngineConfig, LLMEngine, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -452,3 +456,131 @@ def test_a_request_id_comes_back(client: TestClient) -> None:
     response = post(client, prompt="The fox", max_tokens=1, request_id="mine-1")
     assert response.json()["id"] == "cmpl-mine-1"
     assert response.headers["x-request-id"] == "mine-1"
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt", "field"),
+    [(COMPLETIONS, {"prompt": "The fox"}, "prompt"), (CHAT, {"messages": MESSAGES}, "messages")],
+)
+def test_a_prompt_that_is_too_long_is_known_as_such(
+    path: str, prompt: dict[str, Any], field: str, client: TestClient
+) -> None:
+    """litellm looks for the words, others for the code."""
+    response = post(client, path, **prompt, max_tokens=2**20)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == field
+    assert "this model's maximum context length is" in error["message"].lower()
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "a", "stream_options": {}}, "stream_options"),
+        ({"prompt": "a", "best_of": 1, "n": 2}, "best_of"),
+        ({"prompt": "a", "n": 33}, "n"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens"),
+        ({"prompt": "a", "nonsense": 1}, "nonsense"),
+        ({"prompt": "a", "stop": [5]}, "stop.0"),
+        ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
+        ({"messages": MESSAGES, "tools": [{}]}, "tools"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_errors_tell_their_field(body: dict[str, Any], field: str, client: TestClient) -> None:
+    response = post(client, CHAT if "messages" in body else COMPLETIONS, **body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+EMPTY_VALUES = {"functions": [], "web_search_options": {}, "audio": {}, "prediction": {}, "reasoning_effort": ""}
+EMPTY_VALUES |= {"verbosity": "", "function_call": "", "tool_choice": "", "tools": [], "modalities": []}
+# What vLLM's own clients send of its fields, and text-generation, litellm's proxy and llama.cpp's page of theirs.
+DEFAULTS: dict[str, Any] = {"use_beam_search": False, "skip_special_tokens": True, "length_penalty": 1.0}
+DEFAULTS |= {"spaces_between_special_tokens": True, "prompt_logprobs": None, "bad_words": [], "max_retries": 2}
+DEFAULTS |= {"cache_prompt": True, "dry_multiplier": 0.0, "no_stop_trim": False, "user": "me", "metadata": {"a": "b"}}
+CHAT_DEFAULTS: dict[str, Any] = {"tool_prompt": None, "echo": False, "add_generation_prompt": True, "documents": None}
+CHAT_DEFAULTS |= {"continue_final_message": False, "add_special_tokens": False, "chat_template_kwargs": None}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "The fox", **DEFAULTS, "suffix": "", "whatever_comes": None}),
+        (CHAT, {"messages": MESSAGES, **DEFAULTS, **CHAT_DEFAULTS, **EMPTY_VALUES, "whatever_comes": None}),
+        (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}], "tool_choice": "none"}),
+        (CHAT, {"messages": MESSAGES, "functions": [{"name": "f"}], "function_call": "none"}),
+    ],
+)
+def test_fields_of_peers_that_ask_for_nothing_are_taken(path: str, body: dict[str, Any], client: TestClient) -> None:
+    response = post(client, path, **body, max_tokens=1)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("name", ["skip_special_tokens", "cache_prompt", "use_beam_search", "echo"])
+def test_fields_of_peers_that_ask_for_something_are_refused(name: str, client: TestClient) -> None:
+    response = post(client, CHAT, messages=MESSAGES, **{name: not {**DEFAULTS, **CHAT_DEFAULTS}[name]})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(f"{name} is not supported: this server has no such thing")
+
+
+def test_a_chat_goes_on_from_its_last_message(network: LanguageModel, tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}({{ m.mood }}): {{ m.content | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    said = [{"role": "narrator", "content": "A story.", "mood": "calm"}, {"role": "assistant", "content": " The fox "}]
+    with TestClient(create_app(LLMEngine(network, tokenizer), chat_template=template)) as client:
+
+        def prompt(**options: Any) -> str:
+            answer = chat(client, messages=said, return_token_ids=True, **options)
+            ids = client.post("/tokenize", json={"messages": said, **options}).json()["tokens"]
+            assert ids == answer["prompt_token_ids"]
+            return tokenizer.decode(ids)
+
+        whole = "narrator(calm): A story.\nassistant(): The fox\n"
+        assert prompt() == f"{whole}assistant: "
+        assert prompt(add_generation_prompt=False) == whole
+        assert prompt(continue_final_message=True) == whole.rstrip()
+        assert prompt(continue_final_message=True, add_generation_prompt=False) == whole.rstrip()
+    silent = ChatTemplate("{{ messages[0].content }}")
+    with TestClient(create_app(LLMEngine(network, tokenizer), chat_template=silent)) as client:
+        refused = post(client, CHAT, messages=said, continue_final_message=True)
+        assert refused.json()["error"]["message"].startswith("continue_final_message: the model's chat template does")
+
+
+def test_keys_of_ids_are_there_also_if_they_were_not_asked_for(client: TestClient) -> None:
+    assert complete(client, max_tokens=1)["choices"][0]["token_ids"] is None
+    assert complete(client, max_tokens=1)["choices"][0]["prompt_token_ids"] is None
+    assert chat(client)["choices"][0]["token_ids"] is None
+    assert chat(client)["prompt_token_ids"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_long_answers_are_put_together_in_threads(
+    stream: bool, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they say is what short ones say, and the event loop has no part in it."""
+    monkeypatch.setattr(streaming, "PIECE", 100)
+    body: dict[str, Any] = {"prompt": "The fox", "echo": True, "logprobs": 3, "max_tokens": 9, "stream": stream}
+    body["return_token_ids"] = True
+
+    def texts() -> list[Any]:
+        if not stream:
+            return [choice | {"text": choice["text"]} for choice in complete(client, **body)["choices"]]
+        return [chunk["choices"] for chunk in chunks(post(client, temperature=0, **body), CompletionResponse)]
+
+    short = texts()
+    named: list[bool] = []
+
+    def named_in(*given: Any) -> str:
+        named.append(threading.current_thread() is loop_thread)
+        return token_name(*given)
+
+    assert client.portal is not None
+    loop_thread = client.portal.call(threading.current_thread)
+    monkeypatch.setattr(completions, "token_name", named_in)
+    monkeypatch.setattr(streaming, "MANY_TOKENS", 0)
+    assert texts() == short
+    assert named
+    assert not (named[0] if stream else any(named))

@@ -10,10 +10,14 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import SentencePieceTokenizer, Tokenizer
+from model import LanguageModel, SentencePieceTokenizer, Tokenizer
+from model.sampling import SamplingParams
 from model.tokenizer import END_OF_TEXT
+from server.api import streaming
+from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
 from server.api.tokenize import placed
+from server.engine import EngineConfig, LLMEngine
 from server.engine.async_engine import LONG_PROMPT
 from server.errors import ConfigurationError, InvalidRequestError
 
@@ -54,6 +58,7 @@ def test_a_prompt_gives_ids_and_they_give_it_back(client: TestClient, tokenizer:
     ids = tokenizer.encode_text(TEXT)
     answer = tokenize(client, prompt=TEXT, return_token_strs=True)
     assert answer["token_strs"][0] == END_OF_TEXT
+    assert "".join(answer["token_strs"][1:3]).startswith("The\u2581")  # as vLLM tells them: pieces, not texts
     assert {k: v for k, v in answer.items() if k != "token_strs"} == {
         "tokens": ids,
         "count": len(ids),
@@ -75,12 +80,48 @@ def test_refusals(client: TestClient) -> None:
         ("/tokenize", {"inputs": "a", "prompt": "a"}, "the body must have exactly one of inputs, prompt and messages."),
         ("/tokenize", {"inputs": 5}, "inputs: Input should be a valid string, not 5."),
         ("/tokenize", {"prompt": "a", "other": 1}, "other is not a known parameter."),
+        (
+            "/tokenize",
+            {"prompt": "a" * (2**20 + 1)},
+            "The text must have at most 1048576 characters",
+        ),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            'tools is not supported: this server calls none; leave it out, or send null or "" or [] or {}.',
+        ),
+        ("/detokenize", {"tokens": [5] * (2**20 + 1)}, "tokens: List should have at most 1048576 items after validat"),
         ("/detokenize", {"tokens": [400]}, "Token id 400 is not in 0 .. 399."),
         ("/detokenize", {"tokens": [-1]}, "tokens.0: Input should be greater than or equal to 0, not -1."),
     ):
         response = client.post(path, json=body)
         assert response.status_code == 422
-        assert response.json() == {"error": sentence, "error_type": "validation"}
+        assert response.json()["error_type"] == "validation"
+        assert response.json()["error"].startswith(sentence)
+
+
+def test_long_answers_come_in_pieces(client: TestClient, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TEXT * 50
+    short = tokenize(client, inputs=text), tokenize(client, prompt=text, return_token_strs=True)
+    monkeypatch.setattr(streaming, "PIECE", 10)
+    response = client.post("/tokenize", json={"inputs": text})
+    assert "content-length" not in response.headers
+    assert (response.json(), tokenize(client, prompt=text, return_token_strs=True)) == short
+    ids = short[1]["tokens"]
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+    assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+def test_it_takes_a_place_in_the_queue(network: LanguageModel, tokenizer: Tokenizer) -> None:
+    app = create_app(LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=0)))
+    with TestClient(app) as client:
+        assert client.portal is not None
+        occupied = client.portal.call(
+            app.state.context.engine.submit, [5], SamplingParams(max_tokens=10**6, ignore_eos=True)
+        )
+        assert client.post("/tokenize", json={"inputs": "a"}).status_code == 429
+        client.portal.call(occupied.close)
+        assert client.post("/tokenize", json={"inputs": "a"}).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/generate", "/v1/completions", "/v1/chat/completions"])

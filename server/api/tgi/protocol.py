@@ -219,6 +219,9 @@ class Info(BaseModel):
     max_input_tokens: int
     max_total_tokens: int
     max_client_batch_size: int
+    validation_workers: int = Field(2, description="Threads that tokenise long prompts")
+    sha: str | None = None
+    docker_label: str | None = None
     router: str = "aft-server"
     version: str
     variant: str

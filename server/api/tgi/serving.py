@@ -67,7 +67,7 @@ async def answer(context: Context, http_request: Request, body: GenerateRequest,
     return await whole_answer(http_request, streams, content)
 
 
-async def stream(context: Context, http_request: Request, body: GenerateRequest) -> Response:
+async def answer_in_events(context: Context, http_request: Request, body: GenerateRequest) -> Response:
     streams = await _open(context, http_request, body)
     events = _events(body, streams[0], context.engine.info.tokenizer)
     return await event_answer(http_request, streams, events, errors.error_event)
