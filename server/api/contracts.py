@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -54,11 +55,16 @@ class Contracts:
 
     def __init__(self, contracts: Sequence[Contract]) -> None:
         self.events = [event for contract in contracts for event in contract.events]
+        self._paths = [route.path for c in contracts for route in c.router.routes if isinstance(route, APIRoute)]
         self._by_prefix = {prefix: contract for contract in contracts for prefix in contract.prefixes}
 
     def of(self, path: str) -> Contract:
         prefixes = (prefix for prefix in self._by_prefix if path.startswith(prefix))
         return self._by_prefix[max(prefixes, key=len, default="/")]  # "OPTIONS *" has a path without a slash
+
+    def _meant(self, path: str) -> str | None:
+        """The route of a contract that is named nearly so."""
+        return next(iter(difflib.get_close_matches(path[:100], self._paths, 1, cutoff=0.75)), None)
 
     def error_response(self, error: Exception, path: str) -> JSONResponse:
         return self.of(path).error_response(error)
@@ -80,17 +86,11 @@ class Contracts:
                 return await on_error(
                     request, InvalidRequestError("The body is not JSON in UTF-8, or is nested too deeply.")
                 )
-            near = _near(request) if error.status_code == 404 else ""
-            problem = Problem(InvalidRequestError, f"{error.detail}{near or '.'}")
+            meant = self._meant(request.url.path) if error.status_code == 404 else None
+            end = f"; did you mean {meant}?" if meant else "."
+            problem = Problem(InvalidRequestError, f"{error.detail}{end}")
             return JSONResponse(self.of(request.url.path).error_body(problem), error.status_code, error.headers)
 
         for kind in STATUSES:
             app.add_exception_handler(kind, on_error)
         app.add_exception_handler(HTTPException, on_http_error)
-
-
-def _near(request: Request) -> str:
-    """The route that was meant, if one is named nearly so."""
-    paths = [path for route in request.app.routes if (path := getattr(route, "path", None))]
-    near = difflib.get_close_matches(request.url.path[:100], paths, 1, cutoff=0.75)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -66,4 +66,4 @@ def _used(paths: Any, schemas: dict[str, Any]) -> set[str]:
 
 
 def _references(value: object) -> Iterator[str]:
-    return (name for name in re.findall(rf"{REFERENCE}(\\w+)", repr(value)))
+    return (name for name in re.findall(rf"{REFERENCE}(\w+)", repr(value)))

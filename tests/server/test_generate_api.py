@@ -294,13 +294,27 @@ def test_info(client: TestClient) -> None:
     info = client.get("/info").json()
     assert info["model_id"] == "aft"
     assert info["max_total_tokens"] == 2**20
+    assert info["validation_workers"] >= 1
+    assert info["sha"] is info["docker_label"] is None
     assert info["max_best_of"] == 32
     assert info["state_bytes"] == client.app.state.context.engine._engine.pool.nbytes / 32  # type: ignore[attr-defined]
     assert info["max_concurrent_requests"] == client.app.state.context.engine.info.capacity == 32 + 256  # type: ignore[attr-defined]
 
 
 def test_health(client: TestClient) -> None:
-    assert client.get("/health").status_code == 200
+    for path in ("/health", "/ping"):
+        assert client.get(path).status_code == 200
+
+
+def test_sagemaker_finds_its_route(client: TestClient) -> None:
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 3}}
+    assert post(client, "/invocations", **body).json() == post(client, "/", **body).json()
+
+
+def test_a_path_that_is_nearly_one_names_it(client: TestClient) -> None:
+    answer = post(client, "/chat/completions", messages=[])
+    assert (answer.status_code, answer.json()["error"]) == (404, "Not Found; did you mean /v1/chat/completions?")
+    assert client.get("/nowhere").json()["error"] == "Not Found."
 
 
 def test_a_full_queue_answers_429_with_retry_after(network: LanguageModel, tokenizer: Tokenizer) -> None:

@@ -74,6 +74,16 @@ def test_messages_go_through_the_template(client: TestClient, tokenizer: Tokeniz
     assert tokenize(client, messages=messages)["tokens"] == tokenizer.encode_text("A story.\n\nThe fox")
 
 
+def test_a_chat_as_text_generation_inference_tells_it(client: TestClient, tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "The fox"}]
+    body = {"messages": messages, "model": "tgi", "max_tokens": 9, "tools": None, "temperature": 0.5}
+    answer = client.post("/chat_tokenize", json=body).json()
+    assert answer == {
+        "templated_text": tokenizer.token_text(tokenizer.end_of_text_id) * tokenizer.starts_texts + "The fox",
+        "tokenize_response": tokenize(client, inputs="The fox"),
+    }
+
+
 def test_refusals(client: TestClient) -> None:
     for path, body, sentence in (
         ("/tokenize", {}, "the body must have exactly one of inputs, prompt and messages."),
