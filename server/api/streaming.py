@@ -12,13 +12,15 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from model.sampling import SamplingParams
 from server.api.turns import TextStream, close
 from server.engine import Completion, RequestOutput
-from server.errors import ServerError
+from server.errors import InvalidRequestError, ServerError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
+MAX_WHOLE = 2**22  # tokens, and likely ones beside them, that are kept for one answer: some hundred bytes each
 MANY_TOKENS = 4096  # from which on an answer is put together in a thread, so that other streams go on meanwhile
 PIECE, BATCH = 2**15, 64  # characters of a piece of an answer, and items of a list that are written at a time
 
@@ -54,6 +56,16 @@ async def collect(streams: Sequence[TextStream]) -> list[list[Completion]]:
         for output in outputs:
             completions[i][output.index].add(output)
     return completions
+
+
+def check_whole(params: SamplingParams, n_prompts: int = 1) -> None:
+    """Raises InvalidRequestError for texts that might be more than is kept of an answer until it is complete."""
+    n_entries = n_prompts * params.n_generated * params.max_tokens * (1 + (params.logprobs or 0))
+    if n_entries > MAX_WHOLE:
+        raise InvalidRequestError(
+            f"All texts of a request may have {MAX_WHOLE} tokens and likely ones beside them unless they are streamed, "
+            f"not {n_entries}: ask for fewer tokens, texts or log-probabilities, or for a stream."
+        )
 
 
 async def whole_answer(

@@ -348,6 +348,10 @@ def test_models(client: TestClient) -> None:
         ({"prompt": "a", "structured_outputs": {}}, "structured_outputs: structured_outputs must have exactly one"),
         ({"prompt": "a", "response_format": {"type": "yaml"}}, "response_format: Input tag 'yaml'"),
         ({"prompt": "\ud800"}, "Text holds a lone surrogate at character 0."),
+        (
+            {"prompt": ["a"] * 4, "n": 8, "max_tokens": 10**5, "logprobs": 1},
+            "All texts of a request may have 4194304 tokens and likely ones beside them unless they are streamed, not",
+        ),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [{"role": "", "content": "a"}]}, "messages.0.role: String should have at least 1 character"),
         ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
@@ -584,3 +588,13 @@ def test_long_answers_are_put_together_in_threads(
     assert texts() == short
     assert named
     assert not (named[0] if stream else any(named))
+
+
+def test_what_text_generations_client_sends(client: TestClient) -> None:
+    """Its `chat` of text-generation-inference's main branch: every field it knows, most of them null."""
+    message = {"role": "user", "content": "The fox", "name": None, "tool_calls": None}
+    nulls = ["repetition_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "n", "seed", "tools"]
+    nulls += ["presence_penalty", "temperature", "top_p", "tool_prompt", "tool_choice", "stop", "response_format"]
+    body = {"model": "tgi", "messages": [message], "max_tokens": 4, "stream": False, **dict.fromkeys(nulls)}
+    assert post(client, CHAT, **body).json()["usage"]["completion_tokens"] <= 4
+    assert chunks(post(client, CHAT, **{**body, "stream": True}), ChatCompletionChunk)
