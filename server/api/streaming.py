@@ -12,16 +12,14 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from model.sampling import SamplingParams
 from server.api.turns import TextStream, close
 from server.engine import Completion, RequestOutput
-from server.errors import InvalidRequestError, ServerError
+from server.errors import ServerError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
-MAX_WHOLE = 2**22  # tokens, and likely ones beside them, that are kept for one answer: some hundred bytes each
-MANY_TOKENS = 4096  # from which on an answer is put together in a thread, so that other streams go on meanwhile
+LARGE_ANSWER = 4096  # from which on an answer is put together in a thread, so that other streams go on meanwhile
 PIECE, BATCH = 2**15, 64  # characters of a piece of an answer, and items of a list that are written at a time
 
 T = TypeVar("T")
@@ -58,16 +56,6 @@ async def collect(streams: Sequence[TextStream]) -> list[list[Completion]]:
     return completions
 
 
-def check_whole(params: SamplingParams, n_prompts: int = 1) -> None:
-    """Raises InvalidRequestError for texts that might be more than is kept of an answer until it is complete."""
-    n_entries = n_prompts * params.n_generated * params.max_tokens * (1 + (params.logprobs or 0))
-    if n_entries > MAX_WHOLE:
-        raise InvalidRequestError(
-            f"All texts of a request may have {MAX_WHOLE} tokens and likely ones beside them unless they are streamed, "
-            f"not {n_entries}: ask for fewer tokens, texts or log-probabilities, or for a stream."
-        )
-
-
 async def whole_answer(
     http_request: Request,
     streams: Sequence[TextStream],
@@ -86,7 +74,7 @@ async def whole_answer(
 
 async def aside(n_tokens: int, work: Callable[[], T]) -> T:
     """Work that takes long if there are many tokens, without holding up the event loop then."""
-    return await asyncio.to_thread(work) if n_tokens > MANY_TOKENS else work()
+    return await asyncio.to_thread(work) if n_tokens > LARGE_ANSWER else work()
 
 
 def json_answer(content: object) -> Response:

@@ -20,7 +20,7 @@ from server.api.context import Context
 from server.api.openai.errors import DONE
 from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat
 from server.api.record import record_of
-from server.api.streaming import check_whole, sse
+from server.api.streaming import sse
 from server.api.submission import Prompt, Submission, admit, open_streams
 from server.api.turns import TextStream
 from server.engine import Admission
@@ -104,8 +104,6 @@ async def open_call(
     add_special_tokens: bool = True,
 ) -> Call:
     """Submit the prompts, to be answered under an id that starts with `prefix`. Raises as `open_streams`."""
-    if not body.stream:
-        check_whole(params, len(prompts))
     submission = Submission(
         prompts=prompts,
         params=params,

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
-from server.api.streaming import check_whole, event_answer, whole_answer
+from server.api.streaming import event_answer, whole_answer
 from server.api.submission import Submission, admit, open_streams
 from server.api.tgi import errors
 from server.api.tgi.errors import FINISH_REASONS
@@ -58,7 +58,6 @@ def _grammar(given: GrammarParameter) -> Grammar:
 
 
 async def answer(context: Context, http_request: Request, body: GenerateRequest, *, as_list: bool = False) -> Response:
-    check_whole(sampling_params(body.given))
     (stream,) = streams = await _open(context, http_request, body)
 
     def content(completions: list[list[Completion]]) -> dict[str, Any] | list[dict[str, Any]]:
