@@ -23,6 +23,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     file_name = "tokenizer.model"
     starts_texts = True
+    keeps_text = True
 
     def __init__(self, content: bytes) -> None:
         self._processor = sentencepiece.SentencePieceProcessor()

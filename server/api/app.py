@@ -50,7 +50,7 @@ def create_app(
         if prefix_store
         else None
     )
-    async_engine = AsyncEngine(engine, metrics, stored)
+    async_engine = AsyncEngine(engine, metrics, stored, n_owners=len(config.api_keys))
     sessions = Sessions(store or SQLiteSessionStore(":memory:"), engine.state_files, sessions_config)
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 

@@ -23,6 +23,9 @@ class APIConfig:
     request_timeout: float | None = setting(
         None, "Seconds after which a request fails.", positive=True, at_most=LONGEST
     )
+    write_timeout: float = setting(
+        60.0, "Seconds that a client may leave a part of a stream unread.", positive=True, at_most=LONGEST
+    )
     api_keys: tuple[str, ...] = setting(
         (), "Keys that requests must send, separated by spaces. Better in AFT_API_KEYS than here."
     )

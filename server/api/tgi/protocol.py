@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_valid
 
 from server.api.tgi.errors import FinishReasonName
 from server.api.validation import NO_EFFECT, Body, Peers, SessionName, StopSequence, validation_sentence
+from server.engine.async_engine import TEXT_THREADS
 from server.errors import InvalidRequestError
 
 MAX_STOP_SEQUENCES = 16
@@ -219,7 +220,7 @@ class Info(BaseModel):
     max_input_tokens: int
     max_total_tokens: int
     max_client_batch_size: int
-    validation_workers: int = Field(2, description="Threads that tokenise long prompts")
+    validation_workers: int = Field(TEXT_THREADS, description="Threads that tokenise long prompts")
     sha: str | None = None
     docker_label: str | None = None
     router: str = "aft-server"

@@ -79,6 +79,7 @@ async def _open(context: Context, http_request: Request, body: GenerateRequest) 
         params=sampling_params(body.given),
         session_id=body.session_id,
         truncate=body.given.truncate,
+        streams=body.streams,
     )
     with admit(http_request, context, model=None) as admission:
         return await open_streams(http_request, context, admission, submission)
