@@ -52,6 +52,9 @@ class HuggingFaceTokenizer(Tokenizer):
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def piece(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
+
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
     if not isinstance(decoder, dict):

@@ -80,6 +80,10 @@ class SentencePieceTokenizer(Tokenizer):
             ids += (self._space_ids if i else []) + self._processor.EncodeAsIds(part)
         return ids
 
+    def piece(self, token_id: int) -> str:
+        piece: str = self._processor.IdToPiece(token_id)
+        return piece
+
     def fit(self, vocab_size: int) -> None:
         """Here models have no rows to spare."""
         if self.vocab_size != vocab_size:

@@ -30,6 +30,7 @@ from server.errors import (
     GenerationError,
     InvalidRequestError,
     OverloadedError,
+    PromptTooLongError,
     RequestTimeoutError,
     ServerError,
     ShuttingDownError,
@@ -231,15 +232,15 @@ class AsyncEngine:
     ) -> list[int]:
         """Token ids of a prompt, as `submit` reads it; with `truncate` the last ones, so many in all.
 
-        Raises InvalidRequestError for a text that is too long whatever its tokens are.
+        Raises PromptTooLongError for a text that is too long whatever its tokens are.
         """
         tokenizer = self.info.tokenizer
         if not isinstance(prompt, str):
             return prompt if truncate is None else prompt[-truncate:]
         if truncate is None and (n_least := tokenizer.fewest_tokens(prompt)) > self.info.max_model_len:
-            raise InvalidRequestError(
-                f"A prompt of {len(prompt)} characters has at least {n_least} tokens, but at most "
-                f"{self.info.max_model_len} are allowed here."
+            raise PromptTooLongError(
+                f"This model's maximum context length is {self.info.max_model_len} tokens, but a prompt of "
+                f"{len(prompt)} characters has at least {n_least}."
             )
         ids = await self._aside(len(prompt), tokenizer.encode, prompt)
         whole = tokenizer.with_start(ids) if add_special_tokens else ids

@@ -27,7 +27,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.snapshot import KeyHash, Snapshot, StateFiles
 from server.engine.state_pool import StatePool
 from server.engine.token_processor import TokenProcessor, failure, prompt_logprobs
-from server.errors import ConfigurationError, GenerationError, InvalidRequestError, ServerError
+from server.errors import ConfigurationError, GenerationError, InvalidRequestError, PromptTooLongError, ServerError
 
 
 class LLMEngine:
@@ -106,9 +106,9 @@ class LLMEngine:
         n_given = request.num_earlier_tokens + request.num_prompt_tokens
         total = n_given + params.max_tokens
         if total > self.max_model_len:
-            raise InvalidRequestError(
-                f"A prompt of {n_given} tokens and {params.max_tokens} new ones make {total}, but at most "
-                f"{self.max_model_len} are allowed here."
+            raise PromptTooLongError(
+                f"This model's maximum context length is {self.max_model_len} tokens, but a prompt of {n_given} tokens "
+                f"and {params.max_tokens} new ones make {total}."
             )
 
     def add_request(self, request: Request) -> None:

@@ -197,6 +197,13 @@ def test_metrics(checkpoint: Path) -> None:
     assert value("e2e_request_latency_seconds_count") == value("request_queue_time_seconds_count") == 3
     assert value("prefix_cache_queries_total") == value("prompt_tokens_total") > 6
     assert 0 < value("prefix_cache_hits_total") < value("prefix_cache_queries_total")
+    assert value("request_inference_time_seconds_count") == value("request_params_max_tokens_count") == 3
+    assert (value("request_params_n_sum"), value("request_params_max_tokens_sum")) == (5, 6)
+    assert value("num_preemptions_total") == 0
+    assert value("cache_config_info", block_size=str(2**20), num_gpu_blocks="32") == 1
+    assert values['aft:http_responses_total{status="200"}'] == "3.0"
+    assert float(values["process_resident_memory_bytes"]) > 2**20
+    assert not [name for name in values if "_created" in name]
 
 
 def test_traces_go_to_the_collector(checkpoint: Path) -> None:
