@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 
 from server.assemble import assemble
 from server.config import ServerConfig, server_config
+from server.connections import uvicorn_config
 from server.draining import DrainingServer
 from server.errors import ConfigurationError
 from server.options import options_of
@@ -31,16 +31,14 @@ def serve(
 def _alone(config: ServerConfig) -> None:
     """Serve in this process."""
     application = assemble(config)
-    uvicorn_config = uvicorn.Config(
+    listening = uvicorn_config(
         application,
+        config.api,
         host=config.host,
         port=config.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
         timeout_graceful_shutdown=1,  # for clients that do not read; the others were waited for before
     )
-    DrainingServer(uvicorn_config, application.state.context.engine, config.drain_timeout).run()
+    DrainingServer(listening, application.state.context.engine, config.drain_timeout).run()
 
 
 def _on_ray(config: ServerConfig) -> None:

@@ -15,6 +15,7 @@ from server.engine import FinishReason
 from server.errors import (
     BusySessionError,
     EngineDeadError,
+    ForbiddenError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
@@ -23,9 +24,11 @@ from server.errors import (
     QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
+    SlowBodyError,
     SlowReaderError,
     StoreUnavailableError,
     UnauthorizedError,
+    UnsupportedEncodingError,
 )
 
 INVALID = "invalid_request_error"
@@ -36,6 +39,9 @@ NAMES: Mapping[Kind, tuple[str, str | None]] = {
     RequestValidationError: (INVALID, None),
     UnauthorizedError: ("authentication_error", "invalid_api_key"),
     NotFoundError: (INVALID, "not_found"),
+    ForbiddenError: ("permission_error", None),
+    UnsupportedEncodingError: (INVALID, None),
+    SlowBodyError: ("timeout_error", "slow_body"),
     PayloadTooLargeError: (INVALID, "payload_too_large"),
     BusySessionError: (INVALID, "busy_session"),
     QuotaError: ("rate_limit_error", "quota"),
@@ -70,7 +76,8 @@ class OpenAIErrorResponse(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIErrorResponse} for status in (400, 401, 404, 409, 413, 424, 429, 500, 503, 504)
+    status: {"model": OpenAIErrorResponse}
+    for status in (400, 401, 403, 404, 408, 409, 413, 415, 424, 429, 500, 503, 504)
 }
 
 
