@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -27,12 +27,13 @@ def engine(*arguments: str) -> str:
 
 
 def download_wheels(folder: Path) -> None:
-    """All that the image installs from PyPI, so that the build needs no index."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = pyproject["project"]["optional-dependencies"]
-    requirements = [*pyproject["build-system"]["requires"], *pyproject["project"]["dependencies"]]
-    requirements += [*extras["redis"], *extras["tracing"], "async-timeout"]  # the last for redis on Python 3.11.2
-    options = ["--quiet", "--python-version", "3.11", "--only-binary", ":all:", "--dest", str(folder)]
+    """All that the image installs, so that the build needs no index."""
+    # Whatever the version of this Python, and of the image's.
+    lock = re.sub(r" ; python_full_version < '3\.11\.\d+'", "", (ROOT / "requirements.lock").read_text())
+    (folder / "requirements.txt").write_text(lock)
+    options = ["--quiet", "--no-deps", "--require-hashes", "--python-version", "3.11", "--only-binary", ":all:"]
+    options += ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--dest", str(folder)]
+    requirements = ["--requirement", str(folder / "requirements.txt")]
     subprocess.run([sys.executable, "-m", "pip", "download", *options, *requirements], check=True)
 
 
