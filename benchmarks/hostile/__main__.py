@@ -40,16 +40,18 @@ def main(
 
 
 def print_table(report: Report) -> None:
-    print(f"\n{'attack':28} {'times':>5} {'longest':>8} {'gap beside it':>13}  outcomes")
+    print(f"\n{'attack':28} {'times':>5} {'longest':>8} {'gap beside':>10} {'memory':>10}  outcomes")
     gaps, health = report.seen.gaps, [latency for _, latency in report.seen.health]
     for name in sorted({one.name for one in report.attempts}):
         those = [one for one in report.attempts if one.name == name]
         # A gap lies beside an attack if any part of it does.
         beside = [gap for end, gap in gaps if any(one.begun < end and end - gap < one.ended for one in those)]
+        sizes = [size for at, size in report.memory if any(one.begun < at < one.ended + 0.5 for one in those)]
         outcomes = Counter(one.outcome if one.kind == "met" else one.kind for one in those)
         told = ", ".join(f"{outcome} ({n})" for outcome, n in outcomes.most_common(4))
         longest = max(one.ended - one.begun for one in those)
-        print(f"{name:28} {len(those):5} {longest:6.1f} s {max(beside, default=0.0):11.3f} s  {told}")
+        measured = f"{max(beside, default=0.0):8.3f} s {max(sizes, default=0) / 2**20:6.0f} MiB"
+        print(f"{name:28} {len(those):5} {longest:6.1f} s {measured}  {told}")
     firsts = sorted(report.seen.first_tokens) or [0.0]
     print(f"\nordinary clients: {dict(report.seen.counts)}")
     print(f"first token: median {statistics.median(firsts):.3f} s, longest {firsts[-1]:.3f} s")

@@ -132,7 +132,7 @@ async def wide_by_biases(self: Attacker) -> str:
 
 @attack
 async def wide_by_prompts(self: Attacker) -> str:
-    prompts = [words(self.chance.getrandbits(32), 20) for _ in range(128)]
+    prompts = [words(self.chance.getrandbits(32), 20) for _ in range(80)]
     return await self.complete(prompt=prompts, logit_bias={str(i): 1.0 for i in range(2048)}, max_tokens=1)
 
 
@@ -175,4 +175,4 @@ async def prompt_long(self: Attacker) -> str:
 @attack
 async def prompt_of_ids(self: Attacker) -> str:
     ids = [self.chance.randrange(3, 2000) for _ in range(20_000)]
-    return await self.complete(prompt=ids, max_tokens=1, prompt_logprobs=None, repetition_penalty=1.5)
+    return await self.complete(prompt=ids, max_tokens=1, repetition_penalty=1.5)
