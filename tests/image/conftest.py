@@ -28,13 +28,16 @@ def engine(*arguments: str) -> str:
 
 def download_wheels(folder: Path) -> None:
     """All that the image installs, so that the build needs no index."""
-    # Whatever the version of this Python, and of the image's.
-    lock = re.sub(r" ; python_full_version < '3\.11\.\d+'", "", (ROOT / "requirements.lock").read_text())
-    (folder / "requirements.txt").write_text(lock)
+    lock = (ROOT / "requirements.lock").read_text().replace("\\\n", "")
+    lock = re.sub(r" ; python_full_version < '3\.11\.\d+'", "", lock)  # for any 3.11 that the image may have
     options = ["--quiet", "--no-deps", "--require-hashes", "--python-version", "3.11", "--only-binary", ":all:"]
-    options += ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--dest", str(folder)]
-    requirements = ["--requirement", str(folder / "requirements.txt")]
-    subprocess.run([sys.executable, "-m", "pip", "download", *options, *requirements], check=True)
+    torch_index = ["--index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
+    for index, is_there in (([], False), (torch_index, True)):
+        lines = [line for line in lock.splitlines() if line.startswith("torch==") == is_there]
+        file = folder / "requirements.txt"
+        file.write_text("\n".join(lines))
+        command = [sys.executable, "-m", "pip", "download", *options, *index, "--dest", str(folder)]
+        subprocess.run([*command, "--requirement", str(file)], check=True)
 
 
 class Container:
