@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test image-test check format train lock sbom
+.PHONY: clients serve test image-test check format train lock sbom
 
 serve: $(VENV)/.serve  ## start the server on the bundled weights; ARGS="--port 8080 --model DIR"
 	$(BIN)/aft serve $(ARGS)
@@ -30,6 +30,11 @@ sbom: $(VENV)/.test  ## build/sbom.json: the Python packages of the image, as Cy
 	mkdir -p build
 	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible \
 		--output-file build/sbom.json
+
+clients: $(VENV)/.test  ## more clients of other servers, for tests/e2e/test_peers_clients.py; node's, if there is npm
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip install --quiet instructor litellm
+	if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(VENV)/clients @huggingface/inference; fi
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

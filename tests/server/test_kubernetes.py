@@ -151,6 +151,18 @@ def test_redis_asks_for_the_password_that_the_server_has(objects: dict[tuple[str
     assert redis["args"][:2] == ["--requirepass", "$(REDIS_PASSWORD)"]
 
 
+def test_redis_has_room_for_the_quotas_of_some_keys(
+    objects: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (redis,) = objects["StatefulSet", "redis"]["spec"]["template"]["spec"]["containers"]
+    maxmemory = redis["args"][redis["args"].index("--maxmemory") + 1]
+    assert maxmemory.endswith("gb")
+    room, config = int(maxmemory.removesuffix("gb")) * 2**30, config_of(objects, monkeypatch)
+    assert 3 * 1.1 * config.sessions.session_quota + config.prefix_store <= room
+    limit = redis["resources"]["limits"]["memory"]
+    assert int(limit.removesuffix("Mi")) * 2**20 >= 2 * room  # it writes its log anew by a copy of itself
+
+
 def test_the_proxy_finds_the_servers(objects: dict[tuple[str, str], Any]) -> None:
     (proxy,) = objects["Deployment", "aft-proxy"]["spec"]["template"]["spec"]["containers"]
     name, port = next(entry["value"] for entry in proxy["env"] if entry["name"] == "AFT_SERVERS").split(":")
