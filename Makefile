@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test image-test check format train
+.PHONY: clients serve test image-test check format train
 
 serve: $(VENV)/.serve  ## start the server on the bundled weights; ARGS="--port 8080 --model DIR"
 	$(BIN)/aft serve $(ARGS)
@@ -19,6 +19,11 @@ check: $(VENV)/.test  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+clients: $(VENV)/.test  ## more clients of other servers, for tests/e2e/test_peers_clients.py; node's, if there is npm
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip install --quiet instructor litellm
+	if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(VENV)/clients @huggingface/inference; fi
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

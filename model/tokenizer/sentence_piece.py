@@ -24,6 +24,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     file_name = "tokenizer.model"
     starts_texts = True
+    keeps_text = True
 
     def __init__(self, content: bytes) -> None:
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -78,6 +79,10 @@ class SentencePieceTokenizer(Tokenizer):
         for i, part in enumerate(text.split(_SPACE)):
             ids += (self._space_ids if i else []) + self._processor.EncodeAsIds(part)
         return ids
+
+    def piece(self, token_id: int) -> str:
+        piece: str = self._processor.IdToPiece(token_id)
+        return piece
 
     def fit(self, vocab_size: int) -> None:
         """Here models have no rows to spare."""

@@ -6,19 +6,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import operations, tokenize, ui
+from server.api import openapi, operations, tokenize, ui
 from server.api import sessions as sessions_api
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.api.context import Context
 from server.api.contracts import Contracts
-from server.api.middleware import APIKeys, BodyLimit, RequestLog
+from server.api.middleware import OPEN_PATHS, APIKeys, BodyLimit, RequestLog
 from server.api.openai import OPENAI
 from server.api.tgi import TGI
 from server.api.tracing import Tracer
@@ -50,8 +50,10 @@ def create_app(
         if prefix_store
         else None
     )
-    async_engine = AsyncEngine(engine, metrics, stored)
-    sessions = Sessions(store or SQLiteSessionStore(":memory:"), engine.state_files, sessions_config)
+    async_engine = AsyncEngine(engine, metrics, stored, n_owners=len(config.api_keys))
+    sessions_config = sessions_config or SessionsConfig()
+    store = store or SQLiteSessionStore(":memory:", sessions_config.session_memory)
+    sessions = Sessions(store, engine.state_files, sessions_config)
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
@@ -64,7 +66,7 @@ def create_app(
         await asyncio.to_thread(async_engine.stop)
         if stored:
             await asyncio.to_thread(stored.close)
-        sessions.store.close()
+        await asyncio.to_thread(sessions.close)
         if tracer:
             await asyncio.to_thread(tracer.close)
 
@@ -85,7 +87,8 @@ def create_app(
     app.include_router(tokenize.router, responses=contracts.responses(tokenize.ERRORS))
     app.include_router(operations.router)
     app.include_router(ui.router)
-    app.openapi = lambda: _openapi(app, contracts)  # type: ignore[method-assign]
+    open_paths = OPEN_PATHS if config.api_keys else None
+    app.openapi = lru_cache(1)(lambda: openapi.document(app, contracts, open_paths))  # type: ignore[method-assign]
     contracts.add_error_handlers(app)
     # The last one added sees a request first.
     larger = {sessions_api.IMPORT_PATH: async_engine.info.file_bytes}  # what /export gives can always come back
@@ -94,17 +97,5 @@ def create_app(
         app.add_middleware(APIKeys, contracts=contracts, keys=config.api_keys)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(RequestLog, contracts=contracts, tracer=tracer)
+    app.add_middleware(RequestLog, contracts=contracts, metrics=metrics, tracer=tracer)
     return app
-
-
-def _openapi(app: FastAPI, contracts: Contracts) -> dict[str, Any]:
-    """The document without the 422 that FastAPI adds by itself, where a contract has another for invalid bodies."""
-    if app.openapi_schema is None:
-        document = FastAPI.openapi(app)
-        for path, operations_at in document["paths"].items():
-            if 422 not in contracts.of(path).responses:
-                for operation in operations_at.values():
-                    operation["responses"].pop("422", None)
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -19,6 +19,7 @@ from server.errors import (
     NotFoundError,
     OverloadedError,
     PayloadTooLargeError,
+    PromptTooLongError,
     QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
@@ -71,7 +72,7 @@ def problem_of(error: Exception) -> Problem:
     if by_kind(STATUSES, kind, FAILED) == FAILED:
         logger.error("A request failed.", exc_info=error)
         return Problem(kind, "The server failed on this request.")
-    return Problem(kind, str(error))
+    return Problem(kind, str(error), error.field if isinstance(error, PromptTooLongError) else None)
 
 
 def by_kind(table: Mapping[Kind, T], kind: Kind, default: T) -> T:

@@ -16,19 +16,20 @@ from server.api.contracts import Contracts
 from server.api.record import Record
 from server.api.tracing import Tracer
 from server.errors import PayloadTooLargeError, UnauthorizedError
+from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/ui", "/openapi.json", "/docs"})
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked for every few seconds; logged for debugging only
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/ui", "/openapi.json", "/docs"})
+QUIET_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})  # asked for all the time; logged for debugging only
 GIVEN_ID = re.compile(rb"[!-~]{1,128}")
 
 
 class RequestLog:
     """Gives each request its id, takes an x-request-id as it, and writes one line when it is over."""
 
-    def __init__(self, app: ASGIApp, contracts: Contracts, tracer: Tracer | None = None) -> None:
-        self.app, self.contracts, self.tracer = app, contracts, tracer
+    def __init__(self, app: ASGIApp, contracts: Contracts, metrics: Metrics, tracer: Tracer | None = None) -> None:
+        self.app, self.contracts, self.metrics, self.tracer = app, contracts, metrics, tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,6 +66,7 @@ class RequestLog:
 
     def _finish(self, record: Record) -> None:
         fields = record.summary()
+        self.metrics.on_answer(record.status)
         level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
         logger.log(level, "request", extra=fields)
         if self.tracer and record.path not in QUIET_PATHS:

@@ -1,23 +1,27 @@
-"""Answers that take a while: server-sent events, and what becomes of them when the client leaves."""
+"""Answers that take a while, or are long: server-sent events, JSON in pieces, and clients that leave meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from server.api.config import APIConfig
 from server.api.turns import TextStream, close
 from server.engine import Completion, RequestOutput
-from server.errors import ServerError
+from server.errors import ServerError, SlowReaderError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-EVENT_STREAM = "text/event-stream"
+EVENT_STREAM, JSON = "text/event-stream", "application/json"
+LARGE_ANSWER = 4096  # tokens from which an answer is put together in a thread, so that other streams go on meanwhile
+PIECE, BATCH = 2**15, 64  # characters of a piece of an answer, and items of a list that are written at a time
 
 T = TypeVar("T")
 
@@ -54,14 +58,80 @@ async def collect(streams: Sequence[TextStream]) -> list[list[Completion]]:
 
 
 async def whole_answer(
-    http_request: Request, streams: Sequence[TextStream], respond: Callable[[list[list[Completion]]], Response]
+    http_request: Request,
+    streams: Sequence[TextStream],
+    content: Callable[[list[list[Completion]]], object],
 ) -> Response:
-    """The response made from the texts once they are complete. If the client leaves before, generation stops."""
+    """JSON made from the texts once they are complete. If the client leaves before, generation stops."""
     try:
         completions = await unless_left(http_request, collect(streams))
     finally:
         close(streams)
-    return Response(status_code=CLIENT_CLOSED_REQUEST) if completions is None else respond(completions)
+    if completions is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    n_tokens = sum(stream.request.num_prompt_tokens + stream.num_generated_tokens for stream in streams)
+    return await aside(n_tokens, lambda: json_answer(http_request, content(completions)))
+
+
+async def aside(n_tokens: int, work: Callable[[], T]) -> T:
+    """Work that takes long if there are many tokens, without holding up the event loop then."""
+    return await asyncio.to_thread(work) if n_tokens > LARGE_ANSWER else work()
+
+
+def json_answer(http_request: Request, content: object) -> Response:
+    """Iterators are lists, made as they are written."""
+    return pieces_answer(http_request, json_pieces(content))
+
+
+def pieces_answer(http_request: Request, pieces: Iterator[str]) -> Response:
+    """JSON from its pieces. What is long is written while it is sent, in threads."""
+    larger = _gathered(pieces)
+    first, second = next(larger), next(larger, None)
+    if second is None:
+        return Response(first, media_type=JSON)
+    return TimedResponse(chain((first, second), larger), JSON, _write_timeout(http_request))
+
+
+def json_pieces(content: object) -> Iterator[str]:
+    """The pieces are short where long lists are iterators, which are written a few items at a time."""
+    if isinstance(content, dict):
+        separator = "{"
+        for name, value in content.items():
+            yield f"{separator}{_json(name)}:"
+            yield from json_pieces(value)
+            separator = ","
+        yield "}" if content else "{}"
+    elif isinstance(content, list):
+        separator = "["
+        for value in content:
+            yield separator
+            yield from json_pieces(value)
+            separator = ","
+        yield "]" if content else "[]"
+    elif isinstance(content, Iterator):
+        separator = "["
+        while batch := list(islice(content, BATCH)):
+            yield separator + _json(batch)[1:-1]
+            separator = ","
+        yield "]" if separator == "," else "[]"
+    else:
+        yield _json(content)
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _gathered(pieces: Iterator[str]) -> Iterator[bytes]:
+    waiting, n_characters = [], 0
+    for piece in pieces:
+        waiting.append(piece)
+        n_characters += len(piece)
+        if n_characters >= PIECE:
+            yield "".join(waiting).encode()
+            waiting, n_characters = [], 0
+    if waiting:
+        yield "".join(waiting).encode()
 
 
 async def event_answer(
@@ -79,14 +149,40 @@ async def event_answer(
     if first is None:
         close(streams)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return EventStream(_guarded(first, events, error_event), streams)
+    return EventStream(_guarded(first, events, error_event), streams, _write_timeout(http_request))
 
 
-class EventStream(StreamingResponse):
+class TimedResponse(StreamingResponse):
+    """write_timeout: seconds in which a client must have read enough for the next part to be sent."""
+
+    def __init__(
+        self,
+        parts: Iterator[bytes] | AsyncIterator[bytes],
+        media_type: str,
+        write_timeout: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(parts, media_type=media_type, headers=headers)
+        self.write_timeout = write_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises SlowReaderError if the client does not read in time."""
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.write_timeout):
+                    await send(message)
+            except TimeoutError as error:
+                raise SlowReaderError(f"The client read nothing for {self.write_timeout:g} seconds.") from error
+
+        await super().__call__(scope, receive, send_in_time)
+
+
+class EventStream(TimedResponse):
     """Lets go of its requests however it ends, even if the client has left before the first event."""
 
-    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream]) -> None:
-        super().__init__(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
+    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream], write_timeout: float) -> None:
+        super().__init__(events, EVENT_STREAM, write_timeout, STREAM_HEADERS)
         self.streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,9 +192,14 @@ class EventStream(StreamingResponse):
             close(self.streams)
 
 
+def _write_timeout(http_request: Request) -> float:
+    config: APIConfig = http_request.app.state.context.config
+    return config.write_timeout
+
+
 def sse(content: object, prefix: str = "data: ") -> bytes:
     """ASCII JSON: clients that split on every Unicode line end would cut at U+2028."""
-    return f"{prefix}{json.dumps(content, ensure_ascii=True)}\n\n".encode()
+    return f"{prefix}{json.dumps(content, ensure_ascii=True, default=list)}\n\n".encode()
 
 
 async def _first(events: AsyncIterator[bytes]) -> bytes:

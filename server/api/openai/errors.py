@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from model.errors import ModelError
 from server.api.errors import Kind, Problem, by_kind, problem_of
+from server.api.openai.protocol import ChatCompletionRequest, CompletionRequest
 from server.api.streaming import sse
 from server.engine import FinishReason
 from server.errors import (
@@ -17,9 +18,11 @@ from server.errors import (
     EngineDeadError,
     GenerationError,
     InvalidRequestError,
+    ModelNotFoundError,
     NotFoundError,
     OverloadedError,
     PayloadTooLargeError,
+    PromptTooLongError,
     QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
@@ -32,10 +35,12 @@ INVALID = "invalid_request_error"
 # The type, and the code if there is one.
 NAMES: Mapping[Kind, tuple[str, str | None]] = {
     InvalidRequestError: (INVALID, None),
+    PromptTooLongError: (INVALID, "context_length_exceeded"),
     ModelError: (INVALID, None),
     RequestValidationError: (INVALID, None),
     UnauthorizedError: ("authentication_error", "invalid_api_key"),
     NotFoundError: (INVALID, "not_found"),
+    ModelNotFoundError: (INVALID, "model_not_found"),
     PayloadTooLargeError: (INVALID, "payload_too_large"),
     BusySessionError: (INVALID, "busy_session"),
     QuotaError: ("rate_limit_error", "quota"),
@@ -47,6 +52,7 @@ NAMES: Mapping[Kind, tuple[str, str | None]] = {
     EngineDeadError: ("service_unavailable_error", "engine_dead"),
     StoreUnavailableError: ("service_unavailable_error", "store_unavailable"),
 }
+FIELDS = frozenset(CompletionRequest.model_fields | ChatCompletionRequest.model_fields)
 STATUSES: Mapping[Kind, int] = {InvalidRequestError: 400, ModelError: 400, RequestValidationError: 400}
 FINISH_REASONS: Mapping[FinishReason, Literal["length", "stop"]] = {
     FinishReason.LENGTH: "length",
@@ -76,7 +82,15 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def error_body(problem: Problem) -> dict[str, Any]:
     kind, code = by_kind(NAMES, problem.kind, ("server_error", None))
-    return {"error": {"message": problem.sentence, "type": kind, "param": problem.field, "code": code}}
+    return {"error": {"message": problem.sentence, "type": kind, "param": _param(problem), "code": code}}
+
+
+def _param(problem: Problem) -> str | None:
+    """Where no validator tells the field, the sentence does, in its first word: "n and best_of must be ..."."""
+    if problem.field is not None or problem.kind is ModelNotFoundError:
+        return problem.field or "model"
+    word = problem.sentence.partition(" ")[0].rstrip(":")
+    return word if word in FIELDS else None
 
 
 def error_event(error: Exception) -> bytes:
