@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar
 
 from model.errors import TokenizationError
@@ -21,6 +22,7 @@ class Tokenizer(ABC):
 
     file_name: ClassVar[str]
     starts_texts: ClassVar[bool]  # whether models learn texts that begin with the end-of-text token
+    keeps_text: ClassVar[bool]  # whether the tokens of a text are its bytes, whatever it is
 
     content: bytes
     token_bytes: list[bytes]
@@ -37,6 +39,15 @@ class Tokenizer(ABC):
     @property
     def vocab_size(self) -> int:
         return len(self.token_bytes)
+
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that `text` has at least, without a look at it."""
+        return -(-len(text) // self._longest) if self.keeps_text else 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self.token_bytes))
 
     def fit(self, vocab_size: int) -> None:
         """Have an id for each row of a model's embedding; those beyond the vocabulary mean nothing.

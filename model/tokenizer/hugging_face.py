@@ -16,6 +16,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
     starts_texts = False
+    keeps_text = False
 
     def __init__(self, content: bytes) -> None:
         try:

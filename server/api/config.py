@@ -23,8 +23,14 @@ class APIConfig:
     request_timeout: float | None = setting(
         None, "Seconds after which a request fails.", positive=True, at_most=LONGEST
     )
+    write_timeout: float = setting(
+        60.0, "Seconds that a client may leave a part of a stream unread.", positive=True, at_most=LONGEST
+    )
     api_keys: tuple[str, ...] = setting(
         (), "Keys that requests must send, separated by spaces. Better in AFT_API_KEYS than here."
+    )
+    share_prefix_cache: bool = setting(
+        False, "API keys go on from each other's cached prefixes, and can tell what another has asked by it."
     )
     cors_origins: tuple[str, ...] = setting(
         (), "Web origins whose pages may read answers, separated by spaces; * for all."

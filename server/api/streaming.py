@@ -9,15 +9,17 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from server.api.config import APIConfig
 from server.api.turns import TextStream, close
 from server.engine import Completion, RequestOutput
-from server.errors import ServerError
+from server.errors import ServerError, SlowReaderError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM = "text/event-stream"
+LARGE_ANSWER = 4096  # tokens and alternatives to them, from which an answer is written in a thread
 
 T = TypeVar("T")
 
@@ -61,7 +63,19 @@ async def whole_answer(
         completions = await unless_left(http_request, collect(streams))
     finally:
         close(streams)
-    return Response(status_code=CLIENT_CLOSED_REQUEST) if completions is None else respond(completions)
+    if completions is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if sum(_size(stream) for stream in streams) < LARGE_ANSWER:
+        return respond(completions)
+    return await asyncio.to_thread(respond, completions)
+
+
+def _size(stream: TextStream) -> int:
+    """Tokens and log-probabilities that may be told of it."""
+    request, params = stream.request, stream.request.params
+    return request.num_prompt_tokens * (params.prompt_logprobs or 0) + stream.num_generated_tokens * (
+        1 + (params.logprobs or 0)
+    )
 
 
 async def event_answer(
@@ -79,19 +93,32 @@ async def event_answer(
     if first is None:
         close(streams)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return EventStream(_guarded(first, events, error_event), streams)
+    config: APIConfig = http_request.app.state.context.config
+    return EventStream(_guarded(first, events, error_event), streams, config.write_timeout)
 
 
 class EventStream(StreamingResponse):
-    """Lets go of its requests however it ends, even if the client has left before the first event."""
+    """Lets go of its requests however it ends, even if the client has left before the first event.
 
-    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream]) -> None:
+    write_timeout: seconds in which a client must have read enough for the next event to be sent.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream], write_timeout: float) -> None:
         super().__init__(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
-        self.streams = streams
+        self.streams, self.write_timeout = streams, write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises SlowReaderError if the client does not read in time."""
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.write_timeout):
+                    await send(message)
+            except TimeoutError as error:
+                raise SlowReaderError(f"The client read nothing for {self.write_timeout:g} seconds.") from error
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
         finally:
             close(self.streams)
 

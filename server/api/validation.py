@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 INT32 = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
 
+SESSION_ID = r"^[0-9a-f]{32}$"
+
+
+def _session_id(value: str) -> str:
+    if not re.fullmatch(SESSION_ID, value):
+        raise ValueError("must be the id of a session, 32 digits from 0 to 9 and a to f")
+    return value
+
+
+SessionId = Annotated[str, AfterValidator(_session_id), Field(json_schema_extra={"pattern": SESSION_ID})]
 SessionName = Annotated[
-    Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None,
+    SessionId | None,
     Field(description="The session that this continues; its next turn is what this generates"),
 ]
 

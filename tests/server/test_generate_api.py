@@ -136,7 +136,7 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
     assert body["generated_text"] == "The fox" + text[: text.index(stop)]
     assert body["details"]["finish_reason"] == "stop_sequence"
 
-    truncated = post(client, inputs="A house by the fox", parameters={"max_new_tokens": 9, "truncate": 1})
+    truncated = post(client, inputs="A house by the fox", parameters={"max_new_tokens": 9, "truncate": 2})
     assert truncated.json() == post(client, inputs=" fox", parameters={"max_new_tokens": 9}).json()
 
 

@@ -119,6 +119,7 @@ async def open_call(
         truncate=body.truncate_prompt_tokens,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        streams=bool(body.stream),
     )
     streams = await open_streams(http_request, context, admission, submission)
     return Call(body, context, streams, f"{prefix}-{record_of(http_request).request_id}")

@@ -91,6 +91,7 @@ async def _open(context: Context, http_request: Request, body: GenerateRequest) 
         model=body.given.adapter_id,
         session_id=body.session_id,
         truncate=body.given.truncate,
+        streams=body.streams,
     )
     with admit(http_request, context, model=submission.model) as admission:
         return await open_streams(http_request, context, admission, submission)
