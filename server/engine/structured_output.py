@@ -62,8 +62,8 @@ class Matcher:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps those used last. May be called from any thread.
 
-    A grammar is first tried in a process of its own, and may take `timeout` seconds in all: what llguidance makes of it is
-    not bounded, and may need minutes or gigabytes, or recurse until its process dies.
+    A grammar is first tried in a process of its own, and may take `timeout` seconds in all: what llguidance makes of it
+    is not bounded, and may need minutes or gigabytes, or recurse until its process dies.
     """
 
     def __init__(self, tokenizer: Tokenizer, timeout: float) -> None:
