@@ -98,7 +98,7 @@ def test_grammars_are_limited(checkpoint: Path) -> None:
     with serving(checkpoint, EngineConfig(grammar_timeout=0.05)) as client:
         refused = client.post("/v1/completions", json={**OPENAI_BODY, "structured_outputs": {"json": SLOW_SCHEMA}})
         assert refused.status_code == 400
-        message = "structured_outputs.json cannot be followed: it took more than the 0.05 seconds it may take here."
+        message = "structured_outputs.json cannot be followed: it takes more than the 0.05 seconds it may take here."
         assert refused.json()["error"]["message"] == message
 
 
