@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tup
     Raises CheckpointError, naming the file, field or tensor, for anything missing, extra, damaged or not finite.
     """
     folder = Path(path)
+    check_source(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is a file, but a checkpoint is a folder: `aft convert` makes one of a .pth file."
+        )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"Checkpoint folder {folder} has no file {name}.")
@@ -59,6 +65,21 @@ def fingerprint(model: LanguageModel, quantization: str = "") -> bytes:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.digest()
+
+
+def check_source(path: Path) -> None:
+    """Raises CheckpointError, saying what to do, for a path that is not there and for files of other programs."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise CheckpointError(f"{path} is a GGUF file, which llama.cpp runs; it cannot be read here.")
+    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        download = f"hf download {path} --local-dir {path.name}"
+        raise CheckpointError(
+            f"There is no {path} here. If it is a name on the Hugging Face Hub, run `{download}` first."
+        )
+    elif not path.exists():
+        raise CheckpointError(f"There is no {path}.")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -14,16 +14,18 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from model.checkpoint import check_tensors, load_tensors, save_checkpoint
+from model.checkpoint import check_source, check_tensors, load_tensors, save_checkpoint
 from model.config import Dtype
 from model.errors import CheckpointError
-from model.families import FAMILIES
+from model.families import ELSEWHERE, FAMILIES
 from model.language_model import LanguageModel
 from model.tokenizer import Tokenizer, WorldTokenizer, load_tokenizer
 
 Named = dict[str, Tensor]
 
 DTYPES = {getattr(torch, name): name for name in get_args(Dtype)}
+
+OTHER_MODELS = {".att.r_k": "RWKV-7", ".att.time_maa_": "RWKV-6", ".att.time_faaaa": "RWKV-5"}  # by their tensors
 
 CHAT_TEMPLATE = (
     "{% set names = {'user': 'User', 'assistant': 'Assistant', 'system': 'System', 'developer': 'System'} %}"
@@ -41,6 +43,7 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> LanguageM
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} must be a new folder or an empty one.")
+    check_source(source)
     if source.is_dir():
         described = read_description(source)
         family = family_of_type(described.get("model_type"), source)
@@ -67,9 +70,13 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def family_of_type(name: object, source: Path) -> type[LanguageModel]:
     families = {family.foreign_type: family for family in FAMILIES.values() if family.foreign_type}
-    if not isinstance(name, str) or name not in families:
-        known = " or ".join(f'"{known}"' for known in families)
+    known = " or ".join(f'"{known}"' for known in families)
+    if not isinstance(name, str):
         raise CheckpointError(f'{source / "config.json"} must have "model_type": {known}, not {name!r}.')
+    if name in FAMILIES:
+        raise CheckpointError(f"{source} is a checkpoint of {name} already, and needs not be converted.")
+    if name not in families:
+        raise CheckpointError(f'{source}: this is a "{name}" model; only {known} can be converted: {ELSEWHERE}.')
     return families[name]
 
 
@@ -78,6 +85,9 @@ def family_of_names(tensors: Named, source: Path) -> type[LanguageModel]:
     for family in FAMILIES.values():
         if family.has_author_names(tensors):
             return family
+    for part, other in OTHER_MODELS.items():
+        if any(part in tensor for tensor in tensors):
+            raise CheckpointError(f"{source}: this is a model of {other}; of RWKV only RWKV-4 can be converted.")
     raise CheckpointError(f"{source} holds no model of a family that can be converted.")
 
 
@@ -160,4 +170,4 @@ def _has_chat_template(path: Path) -> bool:
         described = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    return isinstance(described, dict) and isinstance(described.get("chat_template"), str)
+    return isinstance(described, dict) and described.get("chat_template") is not None

@@ -54,6 +54,10 @@ class StoreUnavailableError(ServerError):
     """The store of sessions does not answer; the same request may succeed later."""
 
 
+class StoreFullError(StoreUnavailableError):
+    """The store has no room for what was to be kept."""
+
+
 class OverloadedError(ServerError):
     """The queue is full; the same request may succeed later."""
 

@@ -15,6 +15,7 @@ from model.language_model import LanguageModel
 FAMILIES: dict[str, type[LanguageModel]] = {
     family.config_class.family: family for family in (AFTForCausalLM, RWKV4ForCausalLM)
 }
+ELSEWHERE = "llama.cpp and vLLM run others"
 
 
 def family_of(config: ModelConfig) -> type[LanguageModel]:
@@ -63,6 +64,10 @@ def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
         if config := family.older_config(fields):
             return config
     name = fields.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str):
         raise ConfigError(f'"model_type" must be one of {", ".join(FAMILIES)}, not {name!r}.')
+    if any(name == family.foreign_type for family in FAMILIES.values()):
+        raise ConfigError(f'this is a "{name}" model of Hugging Face transformers: run `aft convert` first.')
+    if name not in FAMILIES:
+        raise ConfigError(f'this is a "{name}" model; only {" and ".join(FAMILIES)} can be run here: {ELSEWHERE}.')
     return FAMILIES[name].config_class.from_dict({k: v for k, v in fields.items() if k != "model_type"})

@@ -20,19 +20,23 @@ class SamplingError(ModelError, ValueError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the text must match: kind "json_schema" or "regex", and its source."""
+    """What the text must match: kind "json_schema", "regex" or "grammar" (of Lark's or llama.cpp's form), its source.
+
+    name: the field that asked for it, in sentences about it.
+    """
 
     kind: str
     source: str
+    name: str = field(default="grammar", compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("json_schema", "regex"):
-            raise SamplingError(f"grammar kind must be json_schema or regex, not {self.kind!r}.")
+        if self.kind not in ("json_schema", "regex", "grammar"):
+            raise SamplingError(f"grammar kind must be json_schema, regex or grammar, not {self.kind!r}.")
 
     @classmethod
-    def json_schema(cls, schema: str | Mapping[str, Any]) -> Self:
+    def json_schema(cls, schema: str | Mapping[str, Any], name: str = "grammar") -> Self:
         """From a schema, or its text."""
-        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         found = found or [file for pattern in AUTHORS_NAMES for file in sorted(path.glob(pattern))]
         if len(found) != 1:
             which = ", ".join(file.name for file in found) or "none"
-            raise TokenizationError(f"{path} must have one of {', '.join(FILE_NAMES)}; it has {which}.")
+            raise TokenizationError(f"{path.absolute()} must have one of {', '.join(FILE_NAMES)}; it has {which}.")
         path = found[0]
     try:
         content = path.read_bytes()

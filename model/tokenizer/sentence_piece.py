@@ -6,6 +6,7 @@ outside the vocabulary becomes its UTF-8 bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from io import BytesIO
 from typing import Self
@@ -67,7 +68,9 @@ class SentencePieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except (RuntimeError, ValueError) as error:
-            raise TokenizationError(f"vocab_size = {vocab_size} is none for these texts: {error}") from error
+            raise TokenizationError(
+                f"vocab_size = {vocab_size} is none for these texts: {_reason(str(error))}"
+            ) from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
@@ -94,3 +97,12 @@ class SentencePieceTokenizer(Tokenizer):
             return b""
         piece: str = processor.IdToPiece(token_id)
         return piece.replace(_SPACE, " ").encode()
+
+
+def _reason(error: str) -> str:
+    """What sentencepiece says of a vocabulary that it cannot make, in short where that is known."""
+    if most := re.search(r"value <= (\d+)", error):
+        return f"at most {most[1]}."
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"at least {least[1]}."
+    return error

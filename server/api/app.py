@@ -51,7 +51,9 @@ def create_app(
         else None
     )
     async_engine = AsyncEngine(engine, metrics, stored, n_owners=len(config.api_keys))
-    sessions = Sessions(store or SQLiteSessionStore(":memory:"), engine.state_files, sessions_config)
+    sessions_config = sessions_config or SessionsConfig()
+    store = store or SQLiteSessionStore(":memory:", sessions_config.session_memory)
+    sessions = Sessions(store, engine.state_files, sessions_config)
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
@@ -64,7 +66,7 @@ def create_app(
         await asyncio.to_thread(async_engine.stop)
         if stored:
             await asyncio.to_thread(stored.close)
-        sessions.store.close()
+        await asyncio.to_thread(sessions.close)
         if tracer:
             await asyncio.to_thread(tracer.close)
 

@@ -29,6 +29,9 @@ class APIConfig:
     api_keys: tuple[str, ...] = setting(
         (), "Keys that requests must send, separated by spaces. Better in AFT_API_KEYS than here."
     )
+    share_prefix_cache: bool = setting(
+        False, "API keys go on from each other's cached prefixes, and can tell what another has asked by it."
+    )
     cors_origins: tuple[str, ...] = setting(
         (), "Web origins whose pages may read answers, separated by spaces; * for all."
     )

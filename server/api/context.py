@@ -55,4 +55,15 @@ def owner_of(request: Request) -> str:
     return owner
 
 
+def prefix_salt(request: Request, context: Context, given: str | None) -> str:
+    """Whose cached prefixes a request may go on from: those of its owner, or of all who give the same salt.
+
+    given: the body's cache_salt. No key can see by a hit, or by its own times, what another has asked.
+    """
+    if given:
+        return f"given {given}"
+    owner = "" if context.config.share_prefix_cache else owner_of(request)
+    return f"of {owner}" if owner else ""
+
+
 ContextOf = Annotated[Context, Depends(_of)]

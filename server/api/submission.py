@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from model.sampling import SamplingParams
-from server.api.context import Context, owner_of
+from server.api.context import Context, owner_of, prefix_salt
 from server.api.record import record_of
 from server.api.turns import TextStream, TurnStream, close
 from server.engine import Admission, Conversation, RequestStream
@@ -121,7 +121,7 @@ async def _submit(
         truncate=submission.truncate,
         priority=submission.priority,
         timeout=context.config.request_timeout,
-        cache_salt=submission.cache_salt,
+        cache_salt=prefix_salt(http_request, context, submission.cache_salt),
         start=start,
         keep_conversation=keep_conversation,
     )

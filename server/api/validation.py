@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -22,8 +23,18 @@ TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
 
+SESSION_ID = r"^[0-9a-f]{32}$"
+
+
+def _session_id(value: str) -> str:
+    if not re.fullmatch(SESSION_ID, value):
+        raise ValueError("must be the id of a session, 32 digits from 0 to 9 and a to f")
+    return value
+
+
+SessionId = Annotated[str, AfterValidator(_session_id), Field(json_schema_extra={"pattern": SESSION_ID})]
 SessionName = Annotated[
-    Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None,
+    SessionId | None,
     Field(description="The session that this continues; its next turn is what this generates"),
 ]
 

@@ -35,10 +35,10 @@ from server.errors import (
     ServerError,
     ShuttingDownError,
 )
+from server.grammars.process import MAX_PROCESSES
 
 logger = logging.getLogger(__name__)
 
-GRAMMAR_THREADS = 2  # that compile at a time
 LONG_PROMPT = 4096  # characters, or ids, from which a prompt is read in a thread, so that streams go on meanwhile
 TEXT_THREADS = 2  # that read long prompts at a time; threads of their own, so that nothing else waits behind them
 MAX_FAILURES = 3  # in a row, from which on the engine counts as failing
@@ -83,7 +83,7 @@ class AsyncEngine:
         config, scheduler = engine.config, engine.scheduler
         scheduler.max_slots_per_owner = config.share_of_one(config.max_num_seqs_per_key, scheduler.n_slots, n_owners)
         self._max_per_owner = config.share_of_one(config.max_requests_per_key, self.info.capacity, n_owners)
-        self._grammars = GrammarCompiler(engine.tokenizer)
+        self._grammars = GrammarCompiler(engine.tokenizer, config.grammar_timeout)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # touched by the engine's thread only
         self._open: dict[RequestStream, asyncio.TimerHandle | None] = {}  # with what ends them at their deadlines
@@ -91,8 +91,9 @@ class AsyncEngine:
         self._n_requests: Counter[str] = Counter()  # by owner
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Their own: a grammar past its timeout goes on, and must not take a thread of sessions, templates and prompts.
-        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
+        # Their own: they wait for grammars, and must not be threads of sessions, templates and prompts.
+        self._grammar_threads = ThreadPoolExecutor(MAX_PROCESSES, thread_name_prefix="grammar")
+        self._grammar_turn = asyncio.Semaphore(MAX_PROCESSES)
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._draining = self._has_died = False
         self._busy_since: float | None = None  # time.monotonic(); None while the thread has nothing to do
@@ -150,6 +151,7 @@ class AsyncEngine:
         """
         self._draining = True
         self._on_loop(self._end_all, _shutting_down)
+        self._grammars.close()
         self._commands.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -261,7 +263,7 @@ class AsyncEngine:
         if self._stored is None or request.start is not None or request.params.prompt_logprobs is not None:
             return None
         beginning = self._engine.beginning(request)
-        found = await asyncio.to_thread(self._stored.find, request.prompt_array, beginning)
+        found = await self._stored.look_up(request.prompt_array, beginning)
         if self._observer:
             self._tell(self._observer.on_look_up, request.num_prompt_tokens, found.key.length if found else 0)
         return found
@@ -270,14 +272,19 @@ class AsyncEngine:
         longest, timeout = self._engine.config.max_grammar_length, self._engine.config.grammar_timeout
         if len(grammar.source) > longest:
             raise InvalidRequestError(
-                f"grammar must have at most {longest} characters here, not {len(grammar.source)}."
+                f"{grammar.name} must have at most {longest} characters here, not {len(grammar.source)}."
             )
+        if known := self._grammars.find(grammar):
+            return known
+        try:
+            await asyncio.wait_for(self._grammar_turn.acquire(), timeout)
+        except TimeoutError as error:
+            raise OverloadedError(f"{grammar.name} waited {timeout:g} seconds for others to be compiled.") from error
         try:
             loop = asyncio.get_running_loop()
-            compiling = loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
-            return await asyncio.wait_for(compiling, timeout)
-        except TimeoutError as error:
-            raise InvalidRequestError(f"grammar took more than the {timeout:g} seconds it may take here.") from error
+            return await loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
+        finally:
+            self._grammar_turn.release()
 
     def _check_ready(self) -> None:
         if self._draining:

@@ -24,7 +24,7 @@ class EngineConfig:
     max_model_len: int | None = setting(
         None, "Tokens of a prompt and its text together; what the model can read if left out.", at_least=2
     )
-    max_num_seqs: int = setting(32, "Texts that are decoded at a time.", at_least=1)
+    max_num_seqs: int = setting(32, "Texts that are decoded at a time.", at_least=1, at_most=2**16)
     state_memory: int = setting(2**30, "for their states; a bound on --max-num-seqs.", unit="MiB", positive=True)
     max_queue_length: int = setting(256, "Requests that may wait; beyond it, 429.", at_least=0)
     max_num_seqs_per_key: int | None = setting(

@@ -54,7 +54,7 @@ class LLMEngine:
         n_slots = self.config.n_slots(empty.nbytes)
         self.pool = StatePool(empty, n_slots)
         self.fingerprint = fingerprint(model, self.config.quantize or "")
-        self.state_files = StateFiles(self.fingerprint, empty, model.config.vocab_size, model.state_version)
+        self.state_files = StateFiles(self.fingerprint, empty, model.config.vocab_size, type(model), self.max_model_len)
         self.runner = make_runner(
             model,
             self.pool.states,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,22 @@ def test_a_bad_tensor_is_named(edit: Callable[[dict[str, Tensor]], object], mess
         load_checkpoint(damaged)
 
 
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("{}/model.gguf", "{}/model.gguf is a GGUF file, which llama.cpp runs"),
+        ("{}/model.pth", "{}/model.pth is a file, but a checkpoint is a folder: `aft convert` makes one"),
+        ("{}/nowhere", "There is no {}/nowhere."),
+        ("RWKV/rwkv-4-169m", "run `hf download RWKV/rwkv-4-169m --local-dir rwkv-4-169m` first"),
+    ],
+)
+def test_a_path_that_is_no_folder_is_explained(path: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    torch.save({}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=re.escape(sentence.format(tmp_path))):
+        load_checkpoint(path.format(tmp_path))
+
+
 @pytest.mark.parametrize("length", [0, 7, 100, -1])
 def test_truncated_weights_are_refused(length: int, damaged: Path) -> None:
     path = damaged / "model.safetensors"
@@ -85,7 +102,8 @@ def test_truncated_weights_are_refused(length: int, damaged: Path) -> None:
         ("[" * 100_000, "is not JSON"),
         ("[]", "must be a JSON object"),
         ('{"model_type": ["aft"]}', '"model_type" must be one of aft, rwkv4'),
-        ('{"model_type": "gpt2"}', '"model_type" must be one of aft, rwkv4'),
+        ('{"model_type": "llama"}', 'this is a "llama" model; only aft and rwkv4 can be run here: llama.cpp and vLLM'),
+        ('{"model_type": "rwkv"}', 'this is a "rwkv" model of Hugging Face transformers: run `aft convert` first'),
         ('{"model_type": "aft", "layers": 3}', "Unknown configuration field 'layers'"),
         ('{"model_type": "aft", "variant": "conv"}', "'d_model' is missing"),
     ],

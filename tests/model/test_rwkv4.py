@@ -180,6 +180,24 @@ def test_a_world_model_of_transformers_knows_them_too(tmp_path: Path) -> None:
     assert not (tmp_path / "ours" / "tokenizer_config.json").exists()
 
 
+def test_what_cannot_be_converted_is_explained(tokenizer_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    for source, sentence in (
+        (tmp_path / "model.gguf", "is a GGUF file"),
+        (Path("RWKV/rwkv-4"), "hf download RWKV/rwkv-4"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            convert(source, tmp_path / "ours", tokenizer_file)
+
+
+def test_named_chat_templates_come_along(tokenizer_file: Path, tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path / "theirs")
+    described = '{"chat_template": [{"name": "default", "template": "a"}]}'
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(described)
+    convert(tmp_path / "theirs", tmp_path / "ours", tokenizer_file)
+    assert (tmp_path / "ours" / "tokenizer_config.json").read_text() == described
+
+
 def test_files_that_are_there_are_not_overwritten(tokenizer_file: Path, tmp_path: Path) -> None:
     theirs().save_pretrained(tmp_path / "theirs")
     before = {file: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
@@ -258,6 +276,8 @@ def test_other_tensors_are_refused_by_name(
         ({"step": 3}, "'step' must be a dense tensor"),
         ({"emb": {"weight": torch.ones(1)}}, "'emb' must be a dense tensor"),
         ({"a": torch.ones(1)}, "holds no model of a family that can be converted"),
+        ({"blocks.0.att.r_k": torch.ones(1)}, "this is a model of RWKV-7; of RWKV only RWKV-4"),
+        ({"blocks.0.att.time_maa_x": torch.ones(1)}, "this is a model of RWKV-6"),
     ],
 )
 def test_a_pth_file_of_anything_else_is_refused(
@@ -284,11 +304,17 @@ def test_other_folders_are_refused(tokenizer_file: Path, tmp_path: Path) -> None
     source.mkdir()
     with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
         convert(source, tmp_path / "ours", tokenizer_file)
-    others: list[object] = [{"model_type": "gpt2"}, {"model_type": []}, {"model_type": {}}, []]
+    others: list[object] = [{"model_type": []}, {"model_type": {}}, []]
     for other in others:
         (source / "config.json").write_text(json.dumps(other))
         with pytest.raises(CheckpointError, match='must have "model_type": "rwkv"'):
             convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match='this is a "gpt2" model; only "rwkv" can be converted'):
+        convert(source, tmp_path / "ours", tokenizer_file)
+    (source / "config.json").write_text('{"model_type": "rwkv4"}')
+    with pytest.raises(CheckpointError, match="is a checkpoint of rwkv4 already"):
+        convert(source, tmp_path / "ours", tokenizer_file)
     (source / "config.json").write_text(json.dumps({"model_type": "rwkv"}))
     with pytest.raises(CheckpointError, match=r"has neither .safetensors files nor"):
         convert(source, tmp_path / "ours", tokenizer_file)

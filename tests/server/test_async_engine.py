@@ -529,19 +529,35 @@ def test_long_prompts_take_no_threads_of_others(tokenizer: Tokenizer) -> None:
     in_engine(tokenizer, main)
 
 
-def test_grammars_that_never_compile_take_no_threads_of_others(tokenizer: Tokenizer) -> None:
-    hanging = threading.Event()
+# A product of automata, which would take hours.
+SLOW = Grammar.json_schema({"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(1, 15)]})
 
+
+def test_slow_grammars_take_no_threads_of_others_and_end_with_the_engine(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
-        with mock.patch.object(engine._grammars, "compile", side_effect=lambda _: hanging.wait()):
-            try:
-                with pytest.raises(InvalidRequestError, match=r"more than the 0\.01 seconds"):
-                    await generate(engine, SamplingParams(grammar=Grammar("regex", "a")))
-                long = await asyncio.wait_for(engine.encode("the fox " * LONG_PROMPT), timeout=30)
-                assert len(long) > LONG_PROMPT
-            finally:
-                hanging.set()
+        known = Grammar("regex", "a*")
+        await generate(engine, SamplingParams(grammar=known))
+        slow = [asyncio.create_task(generate(engine, SamplingParams(grammar=SLOW))) for _ in range(3)]
+        while len(engine._grammars._processes._busy) < 2:
+            await asyncio.sleep(0.01)
+        long = await engine.encode("the fox " * LONG_PROMPT)
+        assert len(long) > LONG_PROMPT
+        await generate(engine, SamplingParams(grammar=known))
+        assert not any(task.done() for task in slow)
+        await asyncio.to_thread(engine.stop)
+        for task in slow:
+            with pytest.raises((InvalidRequestError, ShuttingDownError)):
+                await task
+
+    in_engine(tokenizer, main, grammar_timeout=10**6)
+
+
+def test_who_waits_for_slow_grammars_of_others_is_told_to_come_back(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        async with engine._grammar_turn, engine._grammar_turn:
+            with pytest.raises(OverloadedError, match=r"^grammar waited 0\.01 seconds for others"):
+                await generate(engine, SamplingParams(grammar=Grammar("regex", "a")))
 
     in_engine(tokenizer, main, grammar_timeout=0.01)
 

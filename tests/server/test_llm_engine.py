@@ -457,7 +457,7 @@ def test_no_stop_string_counts_before_min_tokens() -> None:
 
 def poisoned_grammar() -> Request:
     one = request("poisoned", max_tokens=50)
-    one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "[a-z ]*"))
+    one.matcher = GrammarCompiler(WORDS, 60).compile(Grammar("regex", "[a-z ]*"))
     broken = mock.Mock(wraps=one.matcher)
     broken.copy.return_value.is_complete = False
     broken.copy.return_value.adjust.side_effect = [None, RuntimeError("poison")]
@@ -511,7 +511,7 @@ def test_a_request_with_no_token_left_to_choose_fails_alone() -> None:
 
 def test_grammar_constrains_the_text() -> None:
     one = request(max_tokens=100, temperature=3.0)
-    one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "(ab|cd){3}"))
+    one.matcher = GrammarCompiler(WORDS, 60).compile(Grammar("regex", "(ab|cd){3}"))
     outputs = run(LLMEngine(MODEL, WORDS), one)["a", 0]
     assert len(text(outputs)) == 6
     assert {text(outputs)[i : i + 2] for i in (0, 2, 4)} <= {"ab", "cd"}

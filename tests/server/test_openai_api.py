@@ -206,6 +206,19 @@ def test_biases_and_allowed_tokens(client: TestClient) -> None:
         ({"structured_outputs": {"json": '{"enum": [1, 22]}'}}, r"1|22"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"const": 5}}}}, "5"),
         ({"response_format": {"type": "text"}}, r"(?s).*"),
+        # of llama.cpp, Together and Fireworks
+        ({"response_format": {"type": "json_object", "schema": {"const": 5}}}, "5"),
+        ({"response_format": {"type": "json_schema", "schema": {"const": 5}}}, "5"),
+        # of text-generation-inference
+        ({"response_format": {"type": "json_object", "value": {"const": 5}}}, "5"),
+        ({"response_format": {"type": "json", "value": '{"const": 5}'}}, "5"),
+        ({"response_format": {"type": "json_schema", "value": {"name": "n", "schema": {"const": 5}}}}, "5"),
+        ({"response_format": {"type": "json_schema", "value": {"const": 5}}}, "5"),
+        ({"response_format": {"type": "regex", "value": "(red|blue) fox"}}, "(red|blue) fox"),
+        # of sglang and vLLM
+        ({"regex": "(red|blue) fox"}, "(red|blue) fox"),
+        ({"ebnf": 'root ::= colour " fox"\ncolour ::= "red" | "blue"'}, "(red|blue) fox"),
+        ({"structured_outputs": {"grammar": 'start: COLOUR " fox"\nCOLOUR: "red" | "blue"'}}, "(red|blue) fox"),
     ],
 )
 def test_structured_outputs(form: dict[str, Any], pattern: str, client: TestClient) -> None:
@@ -326,7 +339,7 @@ def test_models(client: TestClient) -> None:
         ({"prompt": ["a", 5]}, "prompt: prompt must be a text"),
         ({"prompt": [True]}, "prompt: prompt must be a text"),
         ({"prompt": [-1]}, "prompt: prompt must be a text"),
-        ({"prompt": "a", "structured_outputs": {"regex": "\ud800"}}, "grammar is not a regular expression"),
+        ({"prompt": "a", "structured_outputs": {"regex": "\ud800"}}, "structured_outputs.regex cannot be followed"),
         ({"prompt": [[]]}, "The prompt must have at least one token."),
         ({"prompt": [400]}, "The prompt must be of token ids from 0 to 399."),
         ({"prompt": ["a"] * 129}, "prompt must hold at most 128 texts, not 129."),
@@ -346,6 +359,34 @@ def test_models(client: TestClient) -> None:
         ({"prompt": "a", "stop": ["a"] * 17}, "stop: List should have at most 16 items"),
         ({"prompt": "a", "stop": ""}, "stop.0: String should have at least 1 character"),
         ({"prompt": "a", "structured_outputs": {}}, "structured_outputs: structured_outputs must have exactly one"),
+        (
+            {"prompt": "a", "regex": "a", "response_format": {"type": "json_object"}},
+            "response_format, structured_outputs, regex and ebnf exclude each other.",
+        ),
+        (
+            {"prompt": "a", "response_format": {"type": "json_schema"}},
+            "response_format.json_schema: response_format must have exactly one of json_schema, schema and value.",
+        ),
+        (
+            {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+            "response_format.json_schema.json_schema.schema: Field required",
+        ),
+        *(
+            ({"prompt": "a", **form}, f"{field} cannot be followed: it has no word that constrains anything")
+            for form, field in (
+                (
+                    {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}},
+                    "response_format.json_schema.schema",
+                ),
+                ({"response_format": {"type": "json_object", "schema": {"a": {}}}}, "response_format.schema"),
+                ({"response_format": {"type": "json", "value": {"a": {}}}}, "response_format.value"),
+                ({"response_format": {"type": "json", "value": {"schema": {}}}}, "response_format.value.schema"),
+                ({"structured_outputs": {"json": {"name": "n", "schema": {}}}}, "structured_outputs.json"),
+            )
+        ),
+        ({"prompt": "a", "regex": "("}, "regex cannot be followed: unclosed group."),
+        ({"prompt": "a", "ebnf": "("}, "ebnf cannot be followed: "),
+        ({"prompt": "a", "structured_outputs": {"grammar": "("}}, "structured_outputs.grammar cannot be followed: "),
         ({"prompt": "a", "response_format": {"type": "yaml"}}, "response_format: Input tag 'yaml'"),
         ({"prompt": "\ud800"}, "Text holds a lone surrogate at character 0."),
         ({"messages": []}, "messages: List should have at least 1 item"),

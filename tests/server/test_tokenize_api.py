@@ -15,11 +15,9 @@ from model.sampling import SamplingParams
 from model.tokenizer import END_OF_TEXT
 from server.api import streaming
 from server.api.app import create_app
-from server.api.chat_template import ChatTemplate
 from server.api.tokenize import placed
 from server.engine import EngineConfig, LLMEngine
 from server.engine.async_engine import LONG_PROMPT
-from server.errors import ConfigurationError, InvalidRequestError
 
 TEXT = "The fox\u2019s 你 été"
 
@@ -164,44 +162,3 @@ def test_tokenizer_info(client: TestClient) -> None:
     assert info["eos_token"] == info["bos_token"] == END_OF_TEXT
     assert info["vocab_size"] == 400
     assert "messages" in info["chat_template"]
-
-
-def test_only_the_template_can_write_the_end_of_text(tokenizer: Tokenizer) -> None:
-    template = ChatTemplate(
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-    )
-    end = tokenizer.end_of_text_id
-    messages = [{"role": "user", "content": f"hi {END_OF_TEXT}"}, {"role": "assistant", "content": "ho"}]
-    ids = template.token_ids(messages, tokenizer)
-    assert ids == [end, *tokenizer.encode(f"user: hi {END_OF_TEXT}"), end, *tokenizer.encode("assistant: ho"), end]
-
-
-def test_templates_may_refuse_and_may_be_wrong(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InvalidRequestError, match="messages do not fit the model's chat template: no system"):
-        ChatTemplate("{{ raise_exception('no system') }}").token_ids([{"role": "user", "content": "a"}], tokenizer)
-    with pytest.raises(ConfigurationError, match="chat template is not valid"):
-        ChatTemplate("{% for %}")
-    with pytest.raises(InvalidRequestError, match="do not fit"):
-        ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").token_ids([], tokenizer)
-
-
-def test_templates_have_what_hugging_faces_have(tokenizer: Tokenizer) -> None:
-    said = "{% generation %}{{ m.content | tojson }}{% endgeneration %}"
-    each = "{% for m in messages %}{% if m.role == 'user' %}{% break %}{% endif %}" + said + "{% endfor %}"
-    source = each + "{% if tools is not none %}tools{% endif %}{{ strftime_now('%Y') | length }}"
-    messages = [{"role": "assistant", "content": "a <b>"}, {"role": "user", "content": "c"}]
-    assert tokenizer.decode(ChatTemplate(source).token_ids(messages, tokenizer)) == '"a <b>"4'
-    with pytest.raises(InvalidRequestError, match="do not fit"):
-        ChatTemplate("{{ 1 / 0 }}").token_ids(messages, tokenizer)
-
-
-def test_a_template_comes_from_the_checkpoint_folder(tmp_path: Any) -> None:
-    assert "loop.first" in ChatTemplate.load(tmp_path).source
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one"}')
-    assert ChatTemplate.load(tmp_path).source == "one"
-    (tmp_path / "chat_template.jinja").write_text("two")
-    assert ChatTemplate.load(tmp_path).source == "two"
-    (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ConfigurationError, match="not a JSON object"):
-        ChatTemplate.load(tmp_path)

@@ -12,9 +12,12 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -46,6 +49,7 @@ CONSTANTS = {
 }
 LINK_FLAGS = ["-fPIC", "-shared"]
 OPENMP_FLAG = "-fopenmp"
+COMPILE_SECONDS, LOCK_SECONDS = 60.0, 90.0  # it takes one or two
 OPENMP_IS_MISSING = re.compile(rb"openmp|\b(?:lib|l)?g?omp\b")  # the option, its header or its library
 
 
@@ -97,10 +101,9 @@ class Library:
 def library() -> Library | None:
     """The kernels, or None, with a line in the log, where they cannot be compiled. The first call takes seconds."""
     try:
-        kernels = Library(_compiled(_shared_folder() or Path(tempfile.mkdtemp(prefix="aft-"))))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("Decoding without compiled kernels, which is slower: %s", detail)
+        kernels = _loaded()
+    except (OSError, AttributeError) as error:  # the latter for a library without our functions
+        logger.warning("Decoding without compiled kernels, which is slower: %s", error)
         return None
     if not kernels.is_parallel:
         logger.warning("Compiled kernels run on one thread: the C compiler has no OpenMP.")
@@ -109,75 +112,177 @@ def library() -> Library | None:
 
 def compile_ahead() -> None:
     """Compile, if that is needed, for other processes to find. Problems are theirs to report."""
-    folder = _shared_folder()
-    if folder is not None:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    with contextlib.suppress(OSError, KeyboardInterrupt):
+        if folder := _shared_folder():
             _compiled(folder)
 
 
+class CompilerError(OSError):
+    """The compiler failed, or took too long; output is what it said."""
+
+    def __init__(self, message: str, output: bytes = b"") -> None:
+        super().__init__(message)
+        self.output = output
+
+
+class SharedFolderError(OSError):
+    """The folder of kept libraries is not to be used."""
+
+
+def _loaded() -> Library:
+    try:
+        if folder := _shared_folder():
+            return _loaded_from(folder)
+    except SharedFolderError as error:
+        logger.warning("Kernels are compiled for this process alone: %s", error)
+    with tempfile.TemporaryDirectory(prefix="aft-", ignore_cleanup_errors=True) as private:
+        return _loaded_from(Path(private))  # what is loaded needs its file no more
+
+
+def _loaded_from(folder: Path) -> Library:
+    path = _compiled(folder)
+    try:
+        return Library(path)
+    except (OSError, AttributeError):  # made by another system that shares the home, say
+        path.unlink(missing_ok=True)
+        return Library(_compiled(folder))
+
+
 def _compiled(folder: Path) -> Path:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise OSError("there is no C compiler; install gcc or clang, or set CC.")
-    defined = [f"-D{name}={value}" for name, value in CONSTANTS.items()]
-    command = [compiler, *FLAGS, *defined, *LINK_FLAGS]
+    command = [*_compiler(), *FLAGS, *(f"-D{name}={value}" for name, value in CONSTANTS.items()), *LINK_FLAGS]
     try:
         return _kept(folder, [*command, OPENMP_FLAG])
-    except subprocess.CalledProcessError as error:
-        if not OPENMP_IS_MISSING.search(error.stderr):
+    except CompilerError as error:
+        if not OPENMP_IS_MISSING.search(error.output):
             raise
         return _kept(folder, command)  # Apple's clang, say
 
 
+def _compiler() -> list[str]:
+    """CC may have options, as make reads it."""
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"CC = {os.environ['CC']!r} is not a command: {error}.") from error
+    found = chosen or [path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))][:1]
+    if not found:
+        raise OSError("there is no C compiler; install gcc or clang, or set CC.")
+    return found
+
+
 def _kept(folder: Path, command: Sequence[str]) -> Path:
     """The library that the command makes, made unless it is there."""
-    path = folder / f"kernels-{_digest(command)}.so"
-    if not path.exists():
-        with _lock(folder):
-            if not path.exists():
-                _compile(command, path)
+    name = f"kernels-{_digest(command)}"
+    if path := _found(folder, name):
+        return path
+    with _lock(folder):
+        return _found(folder, name) or _compile(command, folder, name)
+
+
+def _found(folder: Path, name: str) -> Path | None:
+    """The library of that name, with its content's digest after it; what is damaged or not ours is deleted."""
+    for path in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError):  # deleted by another process
+            status = path.stat()
+            is_private = _is_ours(status) and not status.st_mode & 0o022
+            if is_private and path.stem == f"{name}-{_digest_of(path.read_bytes())}":
+                return path
+            path.unlink()
+    return None
+
+
+def _compile(command: Sequence[str], folder: Path, name: str) -> Path:
+    """Under the folder's lock."""
+    if fcntl is not None:
+        for left in folder.glob("tmp*"):  # by a process that was killed while it compiled
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="tmp", dir=folder) as temporary:
+        built = Path(temporary) / "kernels.so"
+        # One translation unit: each kernel may inline what the others have in common.
+        whole = "".join(f'#include "{path.name}"\n' for path in sorted(SOURCES.glob("*.c"))).encode()
+        _run([*command, "-I", str(SOURCES), "-x", "c", "-", "-o", str(built), "-lm"], whole)
+        path = folder / f"{name}-{_digest_of(built.read_bytes())}.so"
+        built.chmod(0o755)  # whatever the umask is
+        os.replace(built, path)
     return path
 
 
-def _compile(command: Sequence[str], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        # One translation unit: each kernel may inline what the others have in common.
-        whole = "".join(f'#include "{path.name}"\n' for path in sorted(SOURCES.glob("*.c"))).encode()
-        options = ["-I", str(SOURCES), "-x", "c", "-", "-o", str(built), "-lm"]
-        subprocess.run([*command, *options], input=whole, check=True, capture_output=True)
-        os.replace(built, path)
+def _run(command: Sequence[str], source: bytes) -> None:
+    """Raises CompilerError if the command fails, or is not done in time; it and its children are then killed."""
+    pipe, is_group = subprocess.PIPE, os.name == "posix"
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=is_group) as process:
+        try:
+            _, output = process.communicate(source, COMPILE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise CompilerError(f"{command[0]} was not done after {COMPILE_SECONDS} seconds.") from error
+        finally:
+            if process.returncode is None and is_group:
+                os.killpg(process.pid, signal.SIGKILL)
+            elif process.returncode is None:
+                process.kill()
+    if process.returncode:
+        said = output.decode(errors="replace").strip()
+        raise CompilerError(f"{command[0]} ended with status {process.returncode}. {said}".rstrip(), output)
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Wait for another process that compiles the same. The lock ends with its process."""
+    """Wait for another process that compiles the same. The lock ends with its process.
+
+    Raises SharedFolderError if it is held for longer than any compilation takes.
+    """
     if fcntl is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    path, deadline = folder / "lock", time.monotonic() + LOCK_SECONDS
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)  # who cannot write it cannot hold it
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise SharedFolderError(f"{path} has been locked for {LOCK_SECONDS} seconds.") from None
+                time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
 
 
 def _shared_folder() -> Path | None:
-    """Where libraries are kept for all processes; None where nothing can be kept."""
+    """Where this user's libraries are kept for all processes; None where nothing can be kept.
+
+    Raises SharedFolderError for a folder of another user, who could put any code into it.
+    """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aft"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder if os.access(folder, os.W_OK) else None
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve()
+        folder = parent / "aft"
+        for path in (*reversed(parent.parents), parent, folder):
+            path.mkdir(mode=0o700, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return None
     except (OSError, RuntimeError):  # the latter for a user without a home
         return None
+    if not _is_ours(folder.stat()):
+        raise SharedFolderError(f"{folder} belongs to another user.")
+    folder.chmod(0o700)
+    return folder
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return os.name != "posix" or status.st_uid == os.geteuid()
 
 
 def _digest(command: Sequence[str]) -> str:
     """Of all that the library depends on; -march=native makes that the processor, too."""
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".c", ".h")]
     parts = [*sources, " ".join(command).encode(), platform.machine().encode(), _processor()]
-    return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
+    return _digest_of(b"\0".join(parts))
+
+
+def _digest_of(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _processor() -> bytes:

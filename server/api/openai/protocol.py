@@ -111,44 +111,82 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = Field(None, description="Without effect")
 
 
+AnySchema = Annotated[
+    str | dict[str, Any] | None, WithJsonSchema({"anyOf": [_TEXT, {"type": "object"}, {"type": "null"}]})
+]
+
+
+def _check_one_given(*fields: tuple[str, Any], at_least: int) -> None:
+    n_given = sum(value is not None for _, value in fields)
+    if not at_least <= n_given <= 1:
+        how_many = "exactly" if at_least else "at most"
+        names = " and ".join(", ".join(name for name, _ in fields).rsplit(", ", 1))
+        raise ValueError(f"response_format must have {how_many} one of {names}")
+
+
 class TextFormat(Body):
     type: Literal["text"]
 
 
 class JSONObjectFormat(Body):
-    type: Literal["json_object"]
+    """Any object, or one of a schema: `schema` as llama.cpp, Together and Fireworks have it, `value` as TGI."""
+
+    type: Literal["json_object", "json"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    value: AnySchema = None
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> Self:
+        _check_one_given(("schema", self.schema_), ("value", self.value), at_least=0)
+        return self
 
 
 class JSONSchema(Body):
+    """strict: without effect, since every schema is followed."""
+
     name: str
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
 class JSONSchemaFormat(Body):
+    """One of json_schema, as OpenAI has it, schema (llama.cpp) and value (TGI: a schema, or its name and schema)."""
+
     type: Literal["json_schema"]
-    json_schema: JSONSchema
+    json_schema: JSONSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    value: AnySchema = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = (("json_schema", self.json_schema), ("schema", self.schema_), ("value", self.value))
+        _check_one_given(*given, at_least=1)
+        return self
 
 
-ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat, Field(discriminator="type")]
+class RegexFormat(Body):
+    type: Literal["regex"]
+    value: str
+
+
+ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat | RegexFormat, Field(discriminator="type")]
 
 
 class StructuredOutputs(Body):
     """What the text must match: one of these."""
 
-    json_: Annotated[
-        str | dict[str, Any] | None, WithJsonSchema({"anyOf": [_TEXT, {"type": "object"}, {"type": "null"}]})
-    ] = Field(None, alias="json", description="A JSON schema, or its text")
+    json_: AnySchema = Field(None, alias="json", description="A JSON schema, or its text")
     regex: str | None = None
+    grammar: str | None = Field(None, description="In llama.cpp's form (GBNF) or Lark's")
     choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)] | None = None
     json_object: bool | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        given = (self.json_, self.regex, self.choice, self.json_object or None)
+        given = (self.json_, self.regex, self.grammar, self.choice, self.json_object or None)
         if sum(value is not None for value in given) != 1:
-            raise ValueError("structured_outputs must have exactly one of json, regex, choice and json_object")
+            raise ValueError("structured_outputs must have exactly one of json, regex, grammar, choice and json_object")
         return self
 
 
@@ -181,6 +219,8 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    regex: str | None = Field(None, description="As structured_outputs.regex; sglang's")
+    ebnf: str | None = Field(None, description="As structured_outputs.grammar; sglang's")
     truncate_prompt_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(
         None, description="Keep the last tokens of the prompt"
     )
@@ -197,8 +237,10 @@ class GenerationRequest(Body):
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options", "stream_options needs stream to be true")
-        if self.structured_outputs and self.response_format and self.response_format.type != "text":
-            raise wrong("response_format", "response_format and structured_outputs exclude each other")
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        given = (has_format or None, self.structured_outputs, self.regex, self.ebnf)
+        if sum(value is not None for value in given) > 1:
+            raise wrong("response_format", "response_format, structured_outputs, regex and ebnf exclude each other")
         return self
 
 

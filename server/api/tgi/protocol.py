@@ -18,7 +18,7 @@ MAX_TOP_N_TOKENS = 20
 
 
 class GrammarParameter(Body):
-    """value: a regular expression, or a JSON schema as an object or as text."""
+    """value: a regular expression, or a JSON schema as an object or as text; or its `{"name": ..., "schema": ...}`."""
 
     type: Literal["json", "json_schema", "regex"]
     value: str | dict[str, Any]

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
+from server.api.grammars import named_schema
 from server.api.streaming import event_answer, whole_answer
 from server.api.submission import Submission, admit, open_streams
 from server.api.tgi import errors
@@ -51,10 +52,11 @@ def _or(value: T | None, default: T) -> T:
 
 
 def _grammar(given: GrammarParameter) -> Grammar:
+    name = "parameters.grammar.value"
     if given.type == "regex":
         assert isinstance(given.value, str)
-        return Grammar("regex", given.value)
-    return Grammar.json_schema(given.value)
+        return Grammar("regex", given.value, name)
+    return named_schema(given.value, name)
 
 
 async def answer(context: Context, http_request: Request, body: GenerateRequest, *, as_list: bool = False) -> Response:
