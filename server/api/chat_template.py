@@ -97,14 +97,6 @@ class ChatTemplate:
         return _processes.render(self.source, variables)
 
 
-def _up_to(text: str, end: str) -> str:
-    """What comes before `end`, whose space is gone if the template strips messages: then it is stripped here, too."""
-    before, found, after = text.rpartition(end.rstrip())
-    if not found:
-        raise InvalidRequestError("continue_final_message: the model's chat template does not write the last message.")
-    return before if after.startswith(" ") else before.rstrip()
-
-
 def _template_of(content: str) -> str | None:
     """The template of a tokenizer_config.json: that of the name "default", if it has several. Raises ValueError."""
     described = json.loads(content)
@@ -119,6 +111,14 @@ def _template_of(content: str) -> str | None:
                 return str(by_name["default"])
             raise ValueError(f'chat_template must have one with the name "default"; it has {[*by_name]}')
     raise ValueError("chat_template must be a text, or a list of objects with name and template")
+
+
+def _up_to(text: str, end: str) -> str:
+    """What comes before `end`, whose space is gone if the template strips messages: then it is stripped here, too."""
+    before, found, after = text.rpartition(end.rstrip())
+    if not found:
+        raise InvalidRequestError("continue_final_message: the model's chat template does not write the last message.")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 class _LimitError(InvalidRequestError):
