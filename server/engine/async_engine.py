@@ -53,6 +53,9 @@ class Observer(Protocol):
     def on_token(self, stream: RequestStream, interval: float | None) -> None:
         """A token came, `interval` seconds after the last one of its text, None for the first."""
 
+    def on_step(self, n_tokens: int) -> None:
+        """So many tokens were decoded and read in a step. Called by the engine's thread."""
+
     def on_close(self, stream: RequestStream) -> None:
         """A request was let go, done or not."""
 
@@ -382,6 +385,8 @@ class AsyncEngine:
         try:
             outputs = self._engine.step()
             self._n_failed_steps = 0
+            if self._observer:
+                self._tell(self._observer.on_step, self._engine.num_step_tokens)
             return outputs
         except Exception:
             logger.exception("A step failed; what has started ends with it.")

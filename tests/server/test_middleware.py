@@ -202,6 +202,7 @@ def test_metrics(checkpoint: Path) -> None:
     assert value("request_inference_time_seconds_count") == value("request_params_max_tokens_count") == 3
     assert (value("request_params_n_sum"), value("request_params_max_tokens_sum")) == (5, 6)
     assert value("num_preemptions_total") == 0
+    assert value("iteration_tokens_total_sum") >= 8  # a text's first token comes with its prompt
     assert value("cache_config_info", block_size=str(2**20), num_gpu_blocks="32") == 1
     assert values['aft:http_responses_total{status="200"}'] == "3.0"
     assert float(values["process_resident_memory_bytes"]) > 2**20
