@@ -89,6 +89,24 @@ class SentencePieceTokenizer(Tokenizer):
         if self.vocab_size != vocab_size:
             raise TokenizationError(f"The tokenizer has {self.vocab_size} tokens, but vocab_size is {vocab_size}.")
 
+    @property
+    def unknown_id(self) -> int:
+        """Of the piece that no text has, since every character has bytes."""
+        return int(self._processor.unk_id())
+
+    def is_normal(self, token_id: int) -> bool:
+        """Whether the token is text, neither special nor a byte of its own."""
+        processor = self._processor
+        return not (processor.IsByte(token_id) or processor.IsControl(token_id) or processor.IsUnknown(token_id))
+
+    def piece(self, token_id: int) -> str:
+        """The token as text; that of a byte is its name."""
+        return str(self._processor.IdToPiece(token_id)).replace(_SPACE, " ")
+
+    def score(self, token_id: int) -> float:
+        """Of several tokens that two others make, the one of the highest score is made first."""
+        return float(self._processor.GetScore(token_id))
+
     def _bytes_of(self, token_id: int) -> bytes:
         processor = self._processor
         if processor.IsByte(token_id):
