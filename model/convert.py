@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from model.checkpoint import check_source, check_tensors, load_tensors, save_checkpoint
+from model.checkpoint import check_source, check_tensors, load_tensors, save_checkpoint, write_whole
 from model.config import Dtype
 from model.errors import CheckpointError
 from model.families import ELSEWHERE, FAMILIES
@@ -54,8 +53,11 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> LanguageM
     words = load_tokenizer(tokenizer or (source if source.is_dir() else source.parent))
     model = model_of(family, tensors, described, source)
     words.fit(model.config.vocab_size)
-    save_checkpoint(out, model, words)
-    _copy_chat_template(source, out, words)
+    template = _chat_template(source, words)
+    save_checkpoint(out, model, words)  # once nothing can be wrong any more
+    if template:
+        name, content = template
+        write_whole(out / name, content)
     return model
 
 
@@ -155,14 +157,12 @@ def model_of(family: type[LanguageModel], tensors: Named, described: dict[str, A
     return model.eval().requires_grad_(False)
 
 
-def _copy_chat_template(source: Path, out: Path, tokenizer: Tokenizer) -> None:
-    """From a folder that has one; World models were taught these roles."""
+def _chat_template(source: Path, tokenizer: Tokenizer) -> tuple[str, bytes] | None:
+    """Name and content of its file, from a folder that has one; World models were taught these roles."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         if (source / name).is_file() and (name.endswith(".jinja") or _has_chat_template(source / name)):
-            shutil.copyfile(source / name, out / name)
-            return
-    if isinstance(tokenizer, WorldTokenizer):
-        (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+            return name, (source / name).read_bytes()
+    return ("chat_template.jinja", CHAT_TEMPLATE.encode()) if isinstance(tokenizer, WorldTokenizer) else None
 
 
 def _has_chat_template(path: Path) -> bool:

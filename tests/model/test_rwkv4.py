@@ -198,6 +198,14 @@ def test_named_chat_templates_come_along(tokenizer_file: Path, tmp_path: Path) -
     assert (tmp_path / "ours" / "tokenizer_config.json").read_text() == described
 
 
+def test_a_template_that_is_damaged_is_found_before_anything_is_written(tokenizer_file: Path, tmp_path: Path) -> None:
+    theirs().save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        convert(tmp_path / "theirs", tmp_path / "ours", tokenizer_file)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_files_that_are_there_are_not_overwritten(tokenizer_file: Path, tmp_path: Path) -> None:
     theirs().save_pretrained(tmp_path / "theirs")
     before = {file: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}

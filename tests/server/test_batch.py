@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from unittest import mock
 
 import pytest
 
+from server.__main__ import leave
 from server.api.batch import Target, read
 from server.commands.main import main
 from server.errors import InvalidRequestError
@@ -298,6 +300,17 @@ def test_what_is_no_regular_file_is_written_to_and_not_read(checkpoint: Path, tm
     command = [sys.executable, "-m", "server", "batch", str(source), "/dev/stdout", "--model", str(checkpoint)]
     done = subprocess.run(command, capture_output=True, timeout=300, check=True)
     assert json.loads(done.stdout)["details"]["generated_tokens"] == 5
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(LINES[:2]))
+
+    with mock.patch("server.commands.batch.Progress.advance", side_effect=lambda _: leave(signal.SIGINT, None)):
+        ended = aft(checkpoint, source, target)
+    assert ended == (130, f"1 written, 0 failed, see {target}; the same command goes on")
+    assert len(target.read_text().splitlines()) == 1
+    assert aft(checkpoint, source, target) == (0, f"1 written, 0 failed, see {target}")
 
 
 def test_a_stopped_run_goes_on(checkpoint: Path, source: Path, target: Path, tmp_path: Path) -> None:
