@@ -19,3 +19,7 @@ class ContextLengthError(ModelError, ValueError):
 
 class TokenizationError(ModelError, ValueError):
     """Text or token ids that the tokenizer cannot represent."""
+
+
+class TrainingError(ModelError):
+    """A training run cannot go on."""

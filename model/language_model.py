@@ -87,6 +87,11 @@ class LanguageModel(nn.Module):
             after.append(layer)
         return ops.norm(x, self.norm), tuple(after)
 
+    @classmethod
+    def is_possible(cls, layer: Any, position: int) -> bool:
+        """Whether `position` tokens of one text can have left this layer of a state, whose tensors have its shapes."""
+        return all(bool(tensor.isfinite().all()) for tensor in layer)
+
     def is_fine(self, name: str) -> bool:
         """Whether the matrix of that name must keep all its digits, whatever the weights' format is."""
         return False

@@ -22,10 +22,10 @@ from server.threads import use_threads
 SWITCH_SECONDS = 0.0005
 
 
-def assemble(config: ServerConfig) -> FastAPI:
+def assemble(config: ServerConfig, log_level: str = "INFO") -> FastAPI:
     """Make this process ready to serve, and the application that does. Raises ModelError and ConfigurationError."""
     device = find_device(config.device)
-    configure_logging(config.log_format)
+    configure_logging(config.log_format, log_level)
     use_threads(config.threads)
     sys.setswitchinterval(SWITCH_SECONDS)
     model, tokenizer = load_checkpoint(config.model, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -45,6 +46,13 @@ class RedisServer:
                 except RedisError:
                     assert time.monotonic() < deadline, "redis-server did not answer within a minute"
                     time.sleep(0.02)
+
+    def pause(self) -> None:
+        """It is there, takes connections, and answers nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """As a loss of power ends it, but for the kernel's buffers."""

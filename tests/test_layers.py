@@ -1,4 +1,4 @@
-"""Imports go down only: model <- server.engine <- server.stores <- server.sessions <- server.api <- command lines.
+"""Imports go down only: model and grammars <- engine <- stores <- sessions <- server.api <- command lines.
 
 An import counts wherever it stands, in a function as well, and so does what comes with it, however far down. What is
 imported for types only does not.
@@ -25,6 +25,7 @@ FORBIDDEN = {
     "model.backends": {"model.families"},
     "model.ops": {"model.families", "model.backends", "model.recurrences"},
     "server.settings": {"typer", "torch", "model", "server.options"},
+    "server.grammars": {"torch", "model", "server.engine", *HTTP},
     "server.engine": {"server.api", "server.sessions", "server.stores", "server.metrics", "typer", "rich", *HTTP},
     "server.stores": {"server.api", "server.sessions", "server.metrics", *HTTP},
     "server.sessions": {"server.api", "server.metrics", *HTTP},

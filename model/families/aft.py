@@ -17,8 +17,8 @@ from model.config import ModelConfig, about
 from model.kernel import Program, Rows
 from model.language_model import Block, LanguageModel
 from model.ops import Ops, X
-from model.recurrences.aft import AFT, FactorisedBiasCall
-from model.recurrences.aft_functions import Sums, Window
+from model.recurrences.aft import AFT, FactorisedBiasCall, state_of
+from model.recurrences.aft_functions import Sums, Window, is_possible
 
 Variant = Literal["simple", "conv", "local", "full"]
 
@@ -194,6 +194,10 @@ class AFTForCausalLM(LanguageModel):
         d_key = self.config.d_model // n_key
         running = Sums.empty(batch_size, n_key, d_key, device)
         return AFTLayer(*running, *Window.empty(batch_size, n_key, d_key, self.config.bias_window - 1, device))
+
+    @classmethod
+    def is_possible(cls, layer: AFTLayer, position: int) -> bool:
+        return is_possible(*state_of(layer), position)
 
     def embed(self, ops: Ops[X]) -> X:
         return ops.embed(self.embedding, self.position_embedding)

@@ -19,8 +19,8 @@ from model.config import ModelConfig, about
 from model.errors import ConfigError
 from model.language_model import Block, LanguageModel
 from model.ops import Ops, X
-from model.recurrences.aft import AFT
-from model.recurrences.aft_functions import LARGEST_DECAY, Sums
+from model.recurrences.aft import AFT, state_of
+from model.recurrences.aft_functions import LARGEST_DECAY, Sums, is_possible
 
 TIME_MIX, CHANNEL_MIX = range(2)  # rows of RWKV4Layer.shifted
 
@@ -151,6 +151,10 @@ class RWKV4ForCausalLM(LanguageModel):
         width = self.config.d_model
         running = Sums.empty(batch_size, width, 1, device)
         return RWKV4Layer(*running, torch.zeros(batch_size, 2, width, device=device))
+
+    @classmethod
+    def is_possible(cls, layer: RWKV4Layer, position: int) -> bool:
+        return is_possible(*state_of(layer), position) and bool(layer.shifted.isfinite().all())
 
     def embed(self, ops: Ops[X]) -> X:
         return ops.norm(ops.embed(self.embedding), self.embedding_norm)

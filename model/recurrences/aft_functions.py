@@ -16,6 +16,7 @@ queries are the last Q of the K tokens), W = window - 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ SLOW_DECAY = 0.5  # nats; below, sums last so long that exp(-decay), rounded, wo
 LARGEST_DECAY = 1e28  # nats per token; more cannot matter, and would overflow
 SAFE_DENOMINATOR = 1e-12  # below this the factorised form may have lost terms that matter to underflow
 DIRECT_ELEMENTS = 2**24  # most weights that the direct form holds at a time when it stands in for the factorised one
+
+ROUNDED = 1e-3  # of a sum: far more than rounding can add to it
 
 EMPTY_KEY = float("-inf")  # exp(EMPTY_KEY + bias) is 0: a slot of the window that no token has filled yet
 
@@ -261,6 +264,30 @@ def absorb(running: Sums, keys: Tensor, values: Tensor, decay: Tensor | None = N
     rounded = total - sums  # the part of `added` that arrived (Knuth's two-sum)
     lost = (sums - (total - rounded)) + (added - rounded)
     return Sums(reference, total, compensation + lost)
+
+
+def is_possible(running: Sums, window: Window | None, position: int) -> bool:
+    """Whether `position` tokens of one sequence, B = 1, can have left this.
+
+    Slots of the window that no token has filled are empty, the others hold finite numbers. No term of the sums is over
+    exp(REFERENCE_SLACK) beside the reference, and none is negative, which bounds the denominator by the number of
+    tokens in it; where that is 0, so is the numerator, and elsewhere their ratio, a mean of values, is finite.
+    """
+    if not all(bool(part.isfinite().all()) for part in running):
+        return False
+    n_absorbed = position
+    if window is not None:
+        n_window = window.keys.shape[1]
+        n_absorbed = max(position - n_window, 0)
+        is_filled = torch.arange(n_window, device=window.keys.device) < position
+        is_right = torch.where(is_filled.unsqueeze(-1), window.keys.isfinite(), window.keys == EMPTY_KEY)
+        if not bool(is_right.all() and window.values.isfinite().all()):
+            return False
+    total = _total(running)
+    numerator, denominator = total[..., :-1], total[..., -1:]
+    most = n_absorbed * math.exp(REFERENCE_SLACK) * (1 + ROUNDED)
+    is_mean = torch.where(denominator > 0, (numerator / denominator).isfinite(), numerator == 0)
+    return bool(((denominator >= 0) & (denominator <= most) & is_mean).all())
 
 
 def _sunk(running: Sums, faded: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,9 @@ class Step(Protocol):
     def observe(self, token_id: int) -> None:
         """Remember a token that was chosen."""
 
+    def copy(self) -> Step:
+        """For another text of the same request, that goes on from here. What never changes is shared."""
+
 
 def steps(params: SamplingParams, prompt_ids: Sequence[int], vocabulary: Vocabulary) -> list[Step]:
     """Only those that the parameters ask for, in the order in which they apply."""
@@ -57,7 +62,7 @@ class RepetitionPenalty:
     def __init__(self, penalty: float, prompt_ids: Sequence[int], vocab_size: int) -> None:
         self._penalty = penalty
         self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self._seen[torch.tensor(prompt_ids, dtype=torch.long)] = True
+        self._seen[_ids(prompt_ids)] = True
 
     def adjust(self, logits: Tensor) -> None:
         scaled = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
@@ -65,6 +70,11 @@ class RepetitionPenalty:
 
     def observe(self, token_id: int) -> None:
         self._seen[token_id] = True
+
+    def copy(self) -> RepetitionPenalty:
+        copied = copy.copy(self)
+        copied._seen = self._seen.clone()
+        return copied
 
 
 class CountPenalties:
@@ -80,6 +90,11 @@ class CountPenalties:
     def observe(self, token_id: int) -> None:
         self._counts[token_id] += 1
 
+    def copy(self) -> CountPenalties:
+        copied = copy.copy(self)
+        copied._counts = self._counts.clone()
+        return copied
+
 
 class Bias:
     """The same at every token: biases, and bans of those that are banned or not allowed."""
@@ -88,19 +103,21 @@ class Bias:
         self, biases: Mapping[int, float], allowed: Sequence[int] | None, banned: Sequence[int], vocab_size: int
     ) -> None:
         self._bias = torch.zeros(vocab_size)
-        for token_id, value in biases.items():
-            self._bias[token_id] = value
+        self._bias[_ids(list(biases))] = torch.tensor(list(biases.values()), dtype=torch.float32)
         if allowed is not None:
             is_allowed = torch.zeros(vocab_size, dtype=torch.bool)
-            is_allowed[list(allowed)] = True
+            is_allowed[_ids(allowed)] = True
             self._bias[~is_allowed] = -math.inf
-        self._bias[list(banned)] = -math.inf
+        self._bias[_ids(banned)] = -math.inf
 
     def adjust(self, logits: Tensor) -> None:
         logits += self._bias
 
     def observe(self, token_id: int) -> None:
         pass
+
+    def copy(self) -> Bias:
+        return self
 
 
 class Watermark:
@@ -115,6 +132,9 @@ class Watermark:
     def observe(self, token_id: int) -> None:
         self._previous_id = token_id
 
+    def copy(self) -> Watermark:
+        return copy.copy(self)
+
 
 class MinTokens:
     """No end while the text is too short."""
@@ -128,3 +148,11 @@ class MinTokens:
 
     def observe(self, token_id: int) -> None:
         self._n_missing -= 1
+
+    def copy(self) -> MinTokens:
+        return copy.copy(self)
+
+
+def _ids(token_ids: Sequence[int]) -> Tensor:
+    """As an index. Prompts of a million tokens come as array("i"), which numpy reads in one piece."""
+    return torch.from_numpy(np.asarray(token_ids, dtype=np.int64))

@@ -6,6 +6,7 @@ depend on what else is in the batch. Shapes: B sequences, R of them (rows), V vo
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,7 +34,14 @@ class Sampler:
         self.params = params
         self.end_ids = params.end_ids(vocabulary.end_of_text_id)
         self.steps = [*first, *steps(params, prompt_ids, vocabulary)]
-        self._generator = torch.Generator().manual_seed((params.seed + index) % 2**64)
+        self._generator = _generator(params, index)
+
+    def fork(self, index: int, first: Sequence[Step] = ()) -> Sampler:
+        """Of text `index` of the same request, which goes on from here; first: steps of its own, before the others."""
+        forked = copy.copy(self)
+        forked.steps = [*first, *(step.copy() for step in self.steps)]
+        forked._generator = _generator(self.params, index)
+        return forked
 
     def adjust(self, logits: Tensor) -> None:
         """Take every step on logits [V], in place."""
@@ -50,6 +58,10 @@ class Sampler:
         """Remember a token that was chosen."""
         for step in self.steps:
             step.observe(token_id)
+
+
+def _generator(params: SamplingParams, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed((params.seed + index) % 2**64)
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:

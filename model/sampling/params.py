@@ -20,19 +20,23 @@ class SamplingError(ModelError, ValueError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the text must match: kind "json_schema" or "regex", and its source."""
+    """What the text must match: kind "json_schema", "regex" or "grammar" (of Lark's or llama.cpp's form), its source.
+
+    name: the field that asked for it, in sentences about it.
+    """
 
     kind: str
     source: str
+    name: str = field(default="grammar", compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("json_schema", "regex"):
-            raise SamplingError(f"grammar kind must be json_schema or regex, not {self.kind!r}.")
+        if self.kind not in ("json_schema", "regex", "grammar"):
+            raise SamplingError(f"grammar kind must be json_schema, regex or grammar, not {self.kind!r}.")
 
     @classmethod
-    def json_schema(cls, schema: str | Mapping[str, Any]) -> Self:
+    def json_schema(cls, schema: str | Mapping[str, Any], name: str = "grammar") -> Self:
         """From a schema, or its text."""
-        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class SamplingParams:
 
     n, best_of           texts to return, and to generate; the ones of highest mean log-probability are returned
     max_tokens           tokens of each text at most; 0 only reads the prompt
-    min_tokens           tokens before which no end-of-text or stop token can be chosen
+    min_tokens           tokens before which no end-of-text or stop token can be chosen, and no stop string counts
     temperature          divides the logits; 0 takes the most likely token
     top_k                only the k most likely tokens; None for all
     top_p                only the fewest most likely tokens whose probabilities reach p
@@ -109,6 +113,9 @@ class SamplingParams:
         require(
             "logit_bias", all(abs(b) <= LARGEST for b in biases), f"from {-LARGEST:g} to {LARGEST:g} for each token"
         )
+        for name in ("allowed_token_ids", "banned_token_ids"):  # a million of them may be a few
+            if ids := getattr(self, name):
+                object.__setattr__(self, name, tuple(dict.fromkeys(ids)))
         require("allowed_token_ids", self.allowed_token_ids != (), "None or at least one token")
         require("stop", "" not in self.stop, "strings of at least one character")
         require("seed", 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
@@ -133,8 +140,9 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids,
         }
         for name, ids in fields.items():
-            if bad := [token_id for token_id in ids if not 0 <= token_id < vocab_size]:
-                raise SamplingError(f"{name} must hold token ids from 0 to {vocab_size - 1}, not {bad[0]}.")
+            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+                bad = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+                raise SamplingError(f"{name} must hold token ids from 0 to {vocab_size - 1}, not {bad}.")
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:

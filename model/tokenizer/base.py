@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar
 
 from model.errors import TokenizationError
@@ -21,6 +22,7 @@ class Tokenizer(ABC):
 
     file_name: ClassVar[str]
     starts_texts: ClassVar[bool]  # whether models learn texts that begin with the end-of-text token
+    keeps_text: ClassVar[bool]  # whether the tokens of a text are its bytes, whatever it is
 
     content: bytes
     token_bytes: list[bytes]
@@ -37,6 +39,15 @@ class Tokenizer(ABC):
     @property
     def vocab_size(self) -> int:
         return len(self.token_bytes)
+
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that `text` has at least, without a look at it."""
+        return -(-len(text) // self._longest) if self.keeps_text else 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self.token_bytes))
 
     def fit(self, vocab_size: int) -> None:
         """Have an id for each row of a model's embedding; those beyond the vocabulary mean nothing.
@@ -60,10 +71,18 @@ class Tokenizer(ABC):
         return self.decode_bytes(token_ids).decode(errors="replace")
 
     def decode_bytes(self, token_ids: Sequence[int]) -> bytes:
+        self.check(token_ids)
+        return b"".join(self.token_bytes[token_id] for token_id in token_ids)
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Raises TokenizationError for an id that stands for nothing."""
         for token_id in token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise TokenizationError(f"Token id {token_id} is not in 0 .. {self.vocab_size - 1}.")
-        return b"".join(self.token_bytes[token_id] for token_id in token_ids)
+
+    def piece(self, token_id: int) -> str:
+        """The token as the file of the tokenizer writes it, if that is text."""
+        return self.token_text(token_id)
 
     def token_text(self, token_id: int) -> str:
         """The token on its own, for display: U+FFFD for part of a character, its name for the end of a text."""

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from model.tokenizer.base import END_OF_TEXT
-from model.tokenizer.sentence_piece import SentencePieceTokenizer
+from model.tokenizer.sentence_piece import SPACE, SentencePieceTokenizer
 
 UNKNOWN = "<unk>"
 CONFIG = {
@@ -35,7 +35,7 @@ def _described(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     start, text = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
-    pieces = [special.get(i, tokenizer.piece(i)) for i in range(tokenizer.vocab_size)]
+    pieces = [special.get(i, tokenizer.piece(i).replace(SPACE, " ")) for i in range(tokenizer.vocab_size)]
     return {
         "version": "1.0",
         "truncation": None,

@@ -16,6 +16,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
     starts_texts = False
+    keeps_text = False
 
     def __init__(self, content: bytes) -> None:
         try:
@@ -53,6 +54,9 @@ class HuggingFaceTokenizer(Tokenizer):
         as_utf8(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def piece(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:

@@ -6,6 +6,7 @@ outside the vocabulary becomes its UTF-8 bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from io import BytesIO
 from typing import Self
@@ -15,7 +16,7 @@ import sentencepiece
 from model.errors import TokenizationError
 from model.tokenizer.base import END_OF_TEXT, Tokenizer, as_utf8
 
-_SPACE = "\u2581"  # sentencepiece's stand-in for a space; a literal one must not come back as a space
+SPACE = "\u2581"  # sentencepiece's stand-in for a space; a literal one must not come back as a space
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -23,6 +24,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     file_name = "tokenizer.model"
     starts_texts = True
+    keeps_text = True
 
     def __init__(self, content: bytes) -> None:
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -36,7 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
         byte_ids = {self._processor.IdToPiece(i): i for i in range(self.vocab_size) if self._processor.IsByte(i)}
         if self.end_of_text_id < 0 or len(byte_ids) != 256:
             raise TokenizationError("The sentencepiece model needs an end-of-sentence piece and byte fallback.")
-        self._space_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _SPACE.encode()]
+        self._space_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in SPACE.encode()]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -66,15 +68,21 @@ class SentencePieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except (RuntimeError, ValueError) as error:
-            raise TokenizationError(f"vocab_size = {vocab_size} is none for these texts: {error}") from error
+            raise TokenizationError(
+                f"vocab_size = {vocab_size} is none for these texts: {_reason(str(error))}"
+            ) from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
         as_utf8(text)
         ids: list[int] = []
-        for i, part in enumerate(text.split(_SPACE)):
+        for i, part in enumerate(text.split(SPACE)):
             ids += (self._space_ids if i else []) + self._processor.EncodeAsIds(part)
         return ids
+
+    def piece(self, token_id: int) -> str:
+        piece: str = self._processor.IdToPiece(token_id)
+        return piece
 
     def fit(self, vocab_size: int) -> None:
         """Here models have no rows to spare."""
@@ -91,10 +99,6 @@ class SentencePieceTokenizer(Tokenizer):
         processor = self._processor
         return not (processor.IsByte(token_id) or processor.IsControl(token_id) or processor.IsUnknown(token_id))
 
-    def piece(self, token_id: int) -> str:
-        """The token as text; that of a byte is its name."""
-        return str(self._processor.IdToPiece(token_id)).replace(_SPACE, " ")
-
     def score(self, token_id: int) -> float:
         """Of several tokens that two others make, the one of the highest score is made first."""
         return float(self._processor.GetScore(token_id))
@@ -106,4 +110,13 @@ class SentencePieceTokenizer(Tokenizer):
         if processor.IsControl(token_id) or processor.IsUnknown(token_id):
             return b""
         piece: str = processor.IdToPiece(token_id)
-        return piece.replace(_SPACE, " ").encode()
+        return piece.replace(SPACE, " ").encode()
+
+
+def _reason(error: str) -> str:
+    """What sentencepiece says of a vocabulary that it cannot make, in short where that is known."""
+    if most := re.search(r"value <= (\d+)", error):
+        return f"at most {most[1]}."
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"at least {least[1]}."
+    return error

@@ -15,6 +15,7 @@ class WorldTokenizer(Tokenizer):
 
     file_name = "rwkv_vocab.txt"
     starts_texts = False
+    keeps_text = True
 
     def __init__(self, content: bytes) -> None:
         self.content = content

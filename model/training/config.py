@@ -13,6 +13,9 @@ from model.config import about
 from model.errors import ConfigError
 from model.training.data import Source
 
+MOST = 2**31 - 1  # of what is counted
+MOST_RATE = 1000  # far above what any run can bear, far below what float32 has
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -43,16 +46,19 @@ class TrainingConfig:
         if not self.data:
             raise ConfigError("data must name at least one text file.")
         for field in ("steps", "batch_size", "context", "evaluate_every", "validation_documents", "checkpoint_every"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} must be at least 1, not {getattr(self, field)}.")
+            if not 1 <= getattr(self, field) <= MOST:
+                raise ConfigError(f"{field} must be from 1 to {MOST}, not {getattr(self, field)}.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be from 0 to {2**63 - 1}, not {self.seed}.")
-        for field in ("warmup_steps", "weight_decay", "final_learning_rate"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} must be at least 0 and finite, not {getattr(self, field)}.")
-        for field in ("learning_rate", "gradient_clip"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} must be positive and finite, not {getattr(self, field)}.")
+        if not 0 <= self.warmup_steps <= MOST:
+            raise ConfigError(f"warmup_steps must be from 0 to {MOST}, not {self.warmup_steps}.")
+        for field in ("weight_decay", "final_learning_rate"):
+            if not 0 <= getattr(self, field) <= MOST_RATE:
+                raise ConfigError(f"{field} must be from 0 to {MOST_RATE}, not {getattr(self, field)}.")
+        if not 0 < self.learning_rate <= MOST_RATE:
+            raise ConfigError(f"learning_rate must be positive and at most {MOST_RATE}, not {self.learning_rate}.")
+        if not 0 < self.gradient_clip < math.inf:
+            raise ConfigError(f"gradient_clip must be positive and finite, not {self.gradient_clip}.")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine that ends at final_learning_rate with the last step."""

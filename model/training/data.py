@@ -20,6 +20,8 @@ from model.tokenizer import END_OF_TEXT, Tokenizer
 
 TokenArray = npt.NDArray[np.int32]
 
+MOST_REPEATS = 10_000
+
 
 @dataclass(frozen=True)
 class Source:
@@ -38,8 +40,10 @@ class Source:
             value = float(repeats)
         except ValueError:
             value = 0.0
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"data must be PATH or PATH:REPEATS with a positive number, not {text!r}.")
+        if not 0 < value <= MOST_REPEATS:
+            raise ConfigError(
+                f"data must be PATH or PATH:REPEATS with a positive number, not {text!r}, and at most {MOST_REPEATS}."
+            )
         return cls(Path(path), value)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoint import load_tensors, save_tensors, write_whole
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, TrainingError
 from model.language_model import LanguageModel
 from model.ops import Recurrence
 from model.training.config import TrainingConfig
@@ -24,6 +26,7 @@ from model.training.data import PackedBatches
 from model.training.evaluate import total_nats
 
 STATE_FILE = "training_state.safetensors"
+SECONDS_BETWEEN_CHECKPOINTS = 300.0  # at most, however many steps that are
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,46 @@ class Trainer:
     def step(self) -> int:
         return len(self.history)
 
-    def run(self, validate: Callable[[], float] | None = None, report: Callable[[Record], None] | None = None) -> None:
-        """Train up to config.steps, saving resumable state on the way. Calls report(record) after every step."""
+    def run(
+        self,
+        validate: Callable[[], float] | None = None,
+        report: Callable[[Record], None] | None = None,
+        *,
+        on_save: Callable[[], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        """Train up to config.steps, saving resumable state on the way, and in any case at the end.
+
+        Calls report(record) after every step, and on_save() in the first process before the state is saved. If
+        should_stop() says so in any process, all stop after that step. Raises TrainingError if the loss is not finite;
+        what was saved then stays.
+        """
+        saved_at = time.monotonic()
         while self.step < self.config.steps:
             record = self._train_step()
+            if not math.isfinite(record.loss):
+                raise TrainingError(
+                    f"The loss of step {record.step} is {record.loss}: a lower learning_rate or gradient_clip may help."
+                )
             done = record.step
             if validate and (done % self.config.evaluate_every == 0 or done == self.config.steps):
                 record = Record(**{**vars(record), "validation": validate()})
             self.history.append(record)
             if report:
                 report(record)
-            if done % self.config.checkpoint_every == 0 or done == self.config.steps:
+            stops = should_stop is not None and self._any_process(should_stop())
+            late = time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS
+            if done % self.config.checkpoint_every == 0 or done == self.config.steps or stops or late:
+                if on_save and process_rank() == 0:
+                    on_save()
                 self.save()
+                saved_at = time.monotonic()
+            if stops:
+                return
+
+    def _any_process(self, value: bool) -> bool:
+        """Whether it is true in one of the processes, which must go on and stop together."""
+        return mean_over_processes(torch.tensor(float(value), device=self.model.device)) > 0
 
     def _train_step(self) -> Record:
         learning_rate = self.config.learning_rate_at(self.step)
@@ -143,6 +174,15 @@ class Trainer:
         """What must be equal for a resumed run to give what an uninterrupted one gives."""
         run = {k: v for k, v in self.config.to_dict().items() if k != "checkpoint_every"}
         return {**run, **self.model.config.to_dict(), "tokens": self.batches.digest}
+
+
+def stored_step(folder: Path) -> int | None:
+    """Steps done by the run whose state is in the folder; None if there is none that can be read."""
+    try:
+        with safe_open(folder / STATE_FILE, framework="pt") as file:
+            return len(json.loads(file.metadata()["history"]))
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

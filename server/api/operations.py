@@ -1,4 +1,4 @@
-"""What those who run the server ask: /health, /ready, /metrics."""
+"""What those who run the server ask: /health, /ready, /metrics; SageMaker's /ping."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from server.api.context import ContextOf
 router = APIRouter(tags=["operations"])
 
 
+@router.get("/ping", response_class=PlainTextResponse, responses={503: {"description": "It must be restarted."}})
 @router.get("/health", response_class=PlainTextResponse, responses={503: {"description": "It must be restarted."}})
 async def health(context: ContextOf) -> Response:
-    """200 while the process can generate, also while it drains."""
-    return PlainTextResponse("", 200 if context.engine.is_alive else 503)
+    """200 while the process can generate, also while it drains; 503, and why, if its engine is dead, hangs, or fails
+    again and again.
+    """
+    problem = context.engine.problem
+    return PlainTextResponse(problem or "", 503 if problem else 200)
 
 
 @router.get("/ready", response_class=PlainTextResponse, responses={503: {"description": "Send requests elsewhere."}})
 async def ready(context: ContextOf) -> Response:
-    """200 while requests are taken; 503 after SIGTERM."""
-    return PlainTextResponse("", 200 if context.engine.is_ready else 503)
+    """200 while requests should be sent here; 503 after SIGTERM, and when /health is."""
+    return PlainTextResponse(context.engine.problem or "", 200 if context.engine.is_ready else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from server.api.context import ContextOf, owner_of
-from server.api.validation import Body
+from server.api.validation import Body, SessionId
 from server.stores import Session
 
 FILE = "application/octet-stream"
-MAX_FORKS = 256
+MAX_FORKS, MAX_LISTED = 256, 1000
 
-SessionId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
+SessionOfPath = Annotated[SessionId, Path()]
 ERRORS = (401, 404, 413, 422, 429, 503)
 FILE_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}
@@ -41,6 +41,10 @@ class SessionList(BaseModel):
     sessions: list[SessionCard]
 
 
+class SessionPage(SessionList):
+    has_more: bool
+
+
 class ForkRequest(Body):
     n: Annotated[int, Field(ge=1, le=MAX_FORKS, description="Sessions to make")] = 1
 
@@ -52,9 +56,15 @@ async def create_session(context: ContextOf, request: Request) -> SessionCard:
 
 
 @router.get("")
-async def list_sessions(context: ContextOf, request: Request) -> SessionList:
+async def list_sessions(
+    context: ContextOf,
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 100,
+    after: Annotated[SessionId | None, Query(description="The last session of the page before")] = None,
+) -> SessionPage:
     """The sessions of this API key, last used first."""
-    return SessionList(sessions=[card(session) for session in await context.sessions.list(owner_of(request))])
+    found, has_more = await context.sessions.list(owner_of(request), limit, after)
+    return SessionPage(sessions=[card(session) for session in found], has_more=has_more)
 
 
 @router.post("/import", status_code=201, openapi_extra=FILE_BODY)
@@ -64,24 +74,26 @@ async def import_session(context: ContextOf, request: Request) -> SessionCard:
 
 
 @router.get("/{session_id}")
-async def get_session(session_id: SessionId, context: ContextOf, request: Request) -> SessionCard:
+async def get_session(session_id: SessionOfPath, context: ContextOf, request: Request) -> SessionCard:
     return card(await context.sessions.get(session_id, owner_of(request)))
 
 
 @router.delete("/{session_id}", status_code=204)
-async def delete_session(session_id: SessionId, context: ContextOf, request: Request) -> None:
+async def delete_session(session_id: SessionOfPath, context: ContextOf, request: Request) -> None:
     await context.sessions.delete(session_id, owner_of(request))
 
 
 @router.post("/{session_id}/fork", status_code=201)
-async def fork_session(session_id: SessionId, body: ForkRequest, context: ContextOf, request: Request) -> SessionList:
+async def fork_session(
+    session_id: SessionOfPath, body: ForkRequest, context: ContextOf, request: Request
+) -> SessionList:
     """New sessions that go on from where this one is: as many as were asked for, or none."""
     forks = await context.sessions.fork(session_id, owner_of(request), body.n)
     return SessionList(sessions=[card(session) for session in forks])
 
 
 @router.get("/{session_id}/export", response_class=Response, responses=FILE_ANSWER)
-async def export_session(session_id: SessionId, context: ContextOf, request: Request) -> Response:
+async def export_session(session_id: SessionOfPath, context: ContextOf, request: Request) -> Response:
     """The conversation as one file."""
     return Response(await context.sessions.export(session_id, owner_of(request)), media_type=FILE)
 

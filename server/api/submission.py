@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from model.sampling import SamplingParams
-from server.api.context import Context, owner_of
+from server.api.context import Context, owner_of, prefix_salt
 from server.api.record import record_of
 from server.api.turns import TextStream, TurnStream, close
 from server.engine import Admission, Conversation, RequestStream
 from server.errors import InvalidRequestError
 
 Prompt = str | list[int]
+MAX_WHOLE_TOKENS, MAX_WHOLE_LOGPROBS = 2**20, 2**18  # of an answer in one piece, which is kept until it is complete
+MAX_PROMPT_LOGPROBS = 2**20  # which are told in one piece, in a stream as well
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Submission:
     """What a body of any contract asks of the engine, as `AsyncEngine.submit` takes it.
 
     model: the name that the body asks for; session_id: of the session whose next turn this is; it then has one prompt,
-    and one text.
+    and one text; streams: whether the answer comes in pieces.
     """
 
     prompts: Sequence[Prompt]
@@ -33,6 +35,22 @@ class Submission:
     truncate: int | None = None
     priority: int = 0
     cache_salt: str = ""
+    streams: bool = False
+
+    def check_size(self) -> None:
+        """Raises InvalidRequestError for more than one piece can hold."""
+        params, n_texts = self.params, len(self.prompts) * self.params.n_generated
+        n_tokens = n_texts * params.max_tokens
+        n_logprobs = 0 if params.logprobs is None else n_tokens * (1 + params.logprobs)
+        for n, most, what in (
+            (n_tokens, MAX_WHOLE_TOKENS, "tokens"),
+            (n_logprobs, MAX_WHOLE_LOGPROBS, "log-probabilities"),
+        ):
+            if n > most and not self.streams:
+                raise InvalidRequestError(
+                    f"{n_texts} texts of {params.max_tokens} tokens may have {n} {what}, but an answer in one piece at "
+                    f"most {most}: ask for a stream, or for less."
+                )
 
 
 def admit(http_request: Request, context: Context, *, model: str | None, n_prompts: int = 1) -> Admission:
@@ -43,13 +61,14 @@ def admit(http_request: Request, context: Context, *, model: str | None, n_promp
     context.model_named(model)
     if n_prompts > context.config.max_prompts:
         raise InvalidRequestError(f"prompt must hold at most {context.config.max_prompts} texts, not {n_prompts}.")
-    return context.engine.admit(n_prompts)
+    return context.engine.admit(n_prompts, owner_of(http_request))
 
 
 async def open_streams(
     http_request: Request, context: Context, admission: Admission, submission: Submission
 ) -> list[TextStream]:
     """A stream for each prompt, all or none. Raises as `AsyncEngine.submit` and `Sessions.begin_turn`."""
+    submission.check_size()
     if submission.session_id is not None:
         return [await _open_turn(http_request, context, admission, submission, submission.session_id)]
     streams: list[TextStream] = []
@@ -102,9 +121,18 @@ async def _submit(
         truncate=submission.truncate,
         priority=submission.priority,
         timeout=context.config.request_timeout,
-        cache_salt=submission.cache_salt,
+        cache_salt=prefix_salt(http_request, context, submission.cache_salt),
         start=start,
         keep_conversation=keep_conversation,
     )
     record_of(http_request).streams.append(stream)
+    request = stream.request
+    if request.params.prompt_logprobs is not None:
+        n = request.num_prompt_tokens * (1 + request.params.prompt_logprobs)
+        if n > MAX_PROMPT_LOGPROBS:
+            stream.close()
+            raise InvalidRequestError(
+                f"A prompt of {request.num_prompt_tokens} tokens has {n} log-probabilities, but at most "
+                f"{MAX_PROMPT_LOGPROBS} are told."
+            )
     return stream

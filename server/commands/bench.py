@@ -45,7 +45,7 @@ class Timing:
 
 
 async def stream(host: str, port: int, path: str, body: dict[str, Any], api_key: str | None = None) -> Timing:
-    """Send `body` to a route and time its events. Raises BenchError for an answer that is not a stream of tokens."""
+    """Send `body` to a route and time its events. Raises BenchError unless a stream of tokens is the answer."""
     content = json.dumps({**body, "stream": True}).encode()
     key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
@@ -53,7 +53,11 @@ async def stream(host: str, port: int, path: str, body: dict[str, Any], api_key:
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     )
     started = time.perf_counter()
-    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BenchError(f"Nobody answers at http://{host}:{port} ({reason}); is aft serve running there?") from error
     try:
         writer.write(head.encode() + content)
         status = await reader.readline()
@@ -66,8 +70,10 @@ async def stream(host: str, port: int, path: str, body: dict[str, Any], api_key:
             n_events = (end[-1:] + chunk).count(b"\n\n")
             timing.arrivals += [time.perf_counter() - started] * n_events
             end = (end + chunk)[-4096:]
-        if b'"error"' in end:
+        if b'"error"' in end or not timing.arrivals:
             raise BenchError(f"A stream ended with {end.decode(errors='replace')}")
+    except (OSError, ValueError) as error:  # the latter of a first line without an end
+        raise BenchError(f"http://{host}:{port} broke off its answer: {error}.") from error
     finally:
         writer.close()
     return timing
@@ -107,8 +113,8 @@ async def run(
 
 def bench(
     url: Annotated[str, typer.Option(help="Address of the server, http only.")] = "http://127.0.0.1:8000",
-    clients: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="Streams in all.")] = 64,
+    clients: Annotated[int, typer.Option(min=1, max=10_000, help="Streams at a time.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Streams in all.")] = 64,
     prompt: Annotated[str, typer.Option(help="Each prompt is this and a number.")] = "Once upon a time, in year",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text; fewer if it ends.")] = 128,
     api_key: Annotated[str | None, typer.Option(help="Sent with each request.")] = None,

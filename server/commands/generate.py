@@ -10,6 +10,7 @@ import typer
 from model.sampling import SamplingParams
 from server.assemble import load_llm
 from server.config import ServerConfig
+from server.errors import ConfigurationError
 from server.options import make, options_of
 
 
@@ -25,6 +26,8 @@ def generate(
     **options: Any,
 ) -> None:
     """Write a text on the terminal, without a server."""
+    if sys.stdout is None:
+        raise ConfigurationError("Standard output is closed, so there is nowhere to write a text.")
     llm = load_llm(make(ServerConfig, {**options, "max_num_seqs": 1}))
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     sys.stdout.write(prompt)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 
 from server.assemble import assemble
 from server.config import ServerConfig, server_config
+from server.connections import uvicorn_config
 from server.draining import DrainingServer
 from server.errors import ConfigurationError
 from server.options import options_of
@@ -19,28 +22,27 @@ def serve(
     *, ray: Annotated[bool, typer.Option(help="Serve by replicas under Ray Serve.")] = False, **options: Any
 ) -> None:
     """Serve a checkpoint over HTTP. SIGTERM lets running requests end first."""
+    if not ray and (options["replicas"] > 1 or (options["max_replicas"] or 1) > 1):
+        raise ConfigurationError("replicas and max_replicas need --ray.")
     config = server_config(**options)
     if ray:
         _on_ray(config)
-    elif config.most_replicas > 1:
-        raise ConfigurationError("replicas and max_replicas need --ray.")
     else:
         _alone(config)
 
 
 def _alone(config: ServerConfig) -> None:
     """Serve in this process."""
+    check_address(config.host, config.port)
     application = assemble(config)
-    uvicorn_config = uvicorn.Config(
+    listening = uvicorn_config(
         application,
+        config.api,
         host=config.host,
         port=config.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
         timeout_graceful_shutdown=1,  # for clients that do not read; the others were waited for before
     )
-    DrainingServer(uvicorn_config, application.state.context.engine, config.drain_timeout).run()
+    DrainingServer(listening, application.state.context.engine, config.drain_timeout).run()
 
 
 def _on_ray(config: ServerConfig) -> None:
@@ -50,3 +52,18 @@ def _on_ray(config: ServerConfig) -> None:
     except ImportError as error:
         raise ConfigurationError("ray needs Ray Serve: pip install 'ray[serve]'.") from error
     run(config)
+
+
+def check_address(host: str, port: int) -> None:
+    """Before a model is loaded for nothing. Raises ConfigurationError where nobody can listen."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":  # elsewhere it would let two listen
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:  # names that are none have the latter
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(f"port {port} is taken, use --port.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"Nobody can listen on host {host!r} and port {port}: {reason}.") from error

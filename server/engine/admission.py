@@ -9,11 +9,12 @@ from typing import Self
 class Admission:
     """Places for requests that are still being made. Leaving it gives back those that no request has taken.
 
-    arrived_at: time.monotonic() at which they were asked for; the times of their requests count from there.
+    owner: whose they are; arrived_at: time.monotonic() at which they were asked for, from which the times of their
+    requests count.
     """
 
-    def __init__(self, n_places: int, arrived_at: float, give_back: Callable[[int], None]) -> None:
-        self.arrived_at, self._n_left, self._give_back = arrived_at, n_places, give_back
+    def __init__(self, n_places: int, owner: str, arrived_at: float, give_back: Callable[[str, int], None]) -> None:
+        self.owner, self.arrived_at, self._n_left, self._give_back = owner, arrived_at, n_places, give_back
 
     def take(self) -> None:
         """A request has come into being, and from now on has a place of its own."""
@@ -25,4 +26,4 @@ class Admission:
 
     def __exit__(self, *_: object) -> None:
         n_left, self._n_left = self._n_left, 0
-        self._give_back(n_left)
+        self._give_back(self.owner, n_left)

@@ -8,8 +8,6 @@ from typing import Self
 from model.tokenizer import Tokenizer
 from server.engine.llm_engine import LLMEngine
 
-HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 2048, 256  # of a safetensors file: about twice of what is needed
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
@@ -43,7 +41,7 @@ class EngineInfo:
     @classmethod
     def of(cls, engine: LLMEngine) -> Self:
         config, n_slots = engine.model_config, engine.pool.n_slots
-        state_bytes, n_tensors = engine.pool.nbytes // n_slots, len(engine.pool.states.tensors())
+        state_bytes = engine.pool.nbytes // n_slots
         return cls(
             tokenizer=engine.tokenizer,
             fingerprint=engine.fingerprint,
@@ -55,7 +53,6 @@ class EngineInfo:
             n_slots=n_slots,
             capacity=engine.config.capacity(state_bytes),
             state_bytes=state_bytes,
-            # The state, the logits that follow, the token to be read next, and a header with a line for each.
-            file_bytes=state_bytes + 4 * config.vocab_size + HEADER_BYTES_PER_TENSOR * (n_tensors + 2) + HEADER_BYTES,
+            file_bytes=engine.state_files.max_bytes,
             kv_cache_bytes_per_token=2 * config.n_layer * config.d_model * 4,
         )

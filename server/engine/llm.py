@@ -46,7 +46,7 @@ class LLM:
         """Raises CheckpointError for a damaged checkpoint."""
         model, self.tokenizer = load_checkpoint(path, device)
         self.engine = LLMEngine(model, self.tokenizer, config)
-        self._grammars = GrammarCompiler(self.tokenizer)
+        self._grammars = GrammarCompiler(self.tokenizer, self.engine.config.grammar_timeout)
         self._is_streaming = False
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Result]:

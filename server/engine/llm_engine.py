@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from model.backends.choose import make_runner
 from model.checkpoint import fingerprint
+from model.errors import ModelError
 from model.language_model import LanguageModel
 from model.sampling import Sampler
 from model.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.snapshot import KeyHash, Snapshot, StateFiles
 from server.engine.state_pool import StatePool
 from server.engine.token_processor import TokenProcessor, failure, prompt_logprobs
-from server.errors import ConfigurationError, InvalidRequestError, RequestTimeoutError, ServerError
+from server.errors import ConfigurationError, GenerationError, InvalidRequestError, PromptTooLongError, ServerError
 
 
 class LLMEngine:
@@ -52,7 +54,7 @@ class LLMEngine:
         n_slots = self.config.n_slots(empty.nbytes)
         self.pool = StatePool(empty, n_slots)
         self.fingerprint = fingerprint(model, self.config.quantize or "")
-        self.state_files = StateFiles(self.fingerprint, empty, model.config.vocab_size, model.state_version)
+        self.state_files = StateFiles(self.fingerprint, empty, model.config.vocab_size, type(model), self.max_model_len)
         self.runner = make_runner(
             model,
             self.pool.states,
@@ -66,15 +68,27 @@ class LLMEngine:
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(n_slots=n_slots, chunk_size=self.config.chunk_size)
         self._running: list[Text] = []
+        self.num_step_tokens = 0  # decoded and read in the last step
+        self._n_failures = {"decoding": 0, "reading": 0, "starting": 0}  # in a row
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self.scheduler.num_reading or self.scheduler.num_waiting)
+        return bool(self._running) or not self.scheduler.is_empty
 
     @property
     def num_running(self) -> int:
         """Texts being decoded."""
         return len(self._running)
+
+    @property
+    def num_failures(self) -> int:
+        """How often decoding or reading has failed since it last went well, for a reason that is not a request's."""
+        return max(self._n_failures.values())
+
+    def prepare(self, request: Request) -> None:
+        """Make what the request's texts share: masks and biases. May be called from any thread before `add_request`."""
+        if request.sampler is None:
+            request.sampler = Sampler(request.params, request.prompt_array, self.tokenizer)
 
     def check_request(self, request: Request) -> None:
         """Raises InvalidRequestError or SamplingError if the request can never run. May be called from any thread."""
@@ -93,14 +107,15 @@ class LLMEngine:
         n_given = request.num_earlier_tokens + request.num_prompt_tokens
         total = n_given + params.max_tokens
         if total > self.max_model_len:
-            raise InvalidRequestError(
-                f"A prompt of {n_given} tokens and {params.max_tokens} new ones make {total}, but at most "
-                f"{self.max_model_len} are allowed here."
+            raise PromptTooLongError(
+                f"This model's maximum context length is {self.max_model_len} tokens, but a prompt of {n_given} tokens "
+                f"and {params.max_tokens} new ones make {total}."
             )
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises as `check_request`."""
         self.check_request(request)
+        self.prepare(request)
         self.scheduler.add(request, self._clock())
 
     def abort_request(self, request_id: str) -> None:
@@ -109,32 +124,55 @@ class LLMEngine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Advance every running text by a token and some prompts by a chunk. What fails ends with an error output."""
-        outputs = self._expire()
-        if self._running:
-            outputs += self._decode()
-        for request in self.scheduler.admit():
-            request.admitted_at = self._clock()
-            self._find_prefix(request)
+        """Advance every running text by a token and some prompts by a chunk. What fails ends with an error output, and
+        with it the requests that it was done for: those that decode, or the one that reads.
+        """
+        self.num_step_tokens = self.num_running
+        outputs = self._try("decoding", self._decode, self._decoding()) if self._running else []
+        for request, n_slots in Counter(self.scheduler.admit()).items():
+            outputs += self._try("starting", self._go_on, [request], request, n_slots)
         for request, end in list(self.scheduler.chunks(self.num_running)):
-            try:
-                outputs += self._read(request, end)
-            except Exception as problem:
-                outputs.append(self._fail(request, failure(problem)))
+            self.num_step_tokens += end - request.num_computed_tokens
+            outputs += self._try("reading", self._read, [request], request, end)
         return outputs
 
-    def _expire(self) -> list[RequestOutput]:
-        now = self._clock()
-        expired = [request for request in self._requests() if request.deadline <= now]
-        self._remove(expired)
-        return [
-            RequestOutput(request.request_id, error=RequestTimeoutError("The request was not done by its deadline."))
-            for request in expired
-        ]
+    def _try(
+        self, what: str, work: Callable[..., list[RequestOutput]], requests: Collection[Request], *arguments: object
+    ) -> list[RequestOutput]:
+        try:
+            outputs = work(*arguments)
+            self._n_failures[what] = 0
+            return outputs
+        except Exception as problem:
+            self._n_failures[what] += not isinstance(problem, (ServerError, ModelError))
+            error = failure(problem)
+            return self._fail(requests, lambda: type(error)(*error.args))
+
+    def fail_started(self, *, waiting: bool) -> list[RequestOutput]:
+        """Drop what has started, after a step that failed as a whole, and with `waiting` all else, too."""
+        started = [r for r in dict.fromkeys(self._requests()) if waiting or r.admitted_at is not None]
+        return self._fail(started, lambda: GenerationError("Generation failed in the server."))
+
+    def _fail(self, requests: Collection[Request], make_error: Callable[[], ServerError]) -> list[RequestOutput]:
+        """Drop requests. Each gets an error of its own: raising one keeps its traceback in it."""
+        self._remove(requests)
+        return [RequestOutput(request.request_id, error=make_error()) for request in requests]
+
+    def _decoding(self) -> list[Request]:
+        return list(dict.fromkeys(text.request for text in self._running))
 
     def beginning(self, request: Request) -> KeyHash:
         """What names the states that the request's prompt goes through. May be called from any thread."""
         return KeyHash(request.start.snapshot.name if request.start else self.fingerprint, request.cache_salt)
+
+    def _go_on(self, request: Request, n_slots: int) -> list[RequestOutput]:
+        """With slots that the request has got: for its prompt, the first time, and then for so many texts."""
+        if request.admitted_at is not None:
+            assert request.read_state is not None
+            return self._start_texts(request, request.read_state, n_slots)
+        request.admitted_at = self._clock()
+        self._find_prefix(request)
+        return []
 
     def _find_prefix(self, request: Request) -> None:
         """Go on from the longest cached prefix. Log-probabilities of the prompt need all of it read."""
@@ -158,7 +196,10 @@ class LLMEngine:
         if end < request.num_prompt_tokens:
             return []
         assert request.read_state is not None
-        return self._start_texts(request, request.read_state)
+        if request.params.max_tokens == 0:
+            return self._end_without_texts(request, request.read_state)
+        self.scheduler.finish_reading(request)
+        return self._start_texts(request, request.read_state, 1)
 
     def _read_chunk(self, request: Request, end: int) -> None:
         start, before = request.num_computed_tokens, request.read_state
@@ -178,31 +219,40 @@ class LLMEngine:
             # What follows a conversation is found in memory only: a store is asked for prompts.
             self.prefix_cache.put(Prefix(key, request.read_state, is_lasting=request.start is None))
 
-    def _start_texts(self, request: Request, prompt: Snapshot) -> list[RequestOutput]:
-        """Fork the state after the prompt for every text, and choose the first token of each."""
-        n = request.params.n_generated
-        texts = [self._new_text(request, index) for index in range(n)]
-        self.scheduler.finish_reading(request)
-        request.read_state = None
-        if request.params.max_tokens == 0:
-            self.scheduler.free_slots(n)
-            after = Conversation(prompt) if request.keep_conversation else None
-            length = FinishReason.LENGTH
-            return [RequestOutput(request.request_id, i, finish_reason=length, conversation=after) for i in range(n)]
+    def _end_without_texts(self, request: Request, prompt: Snapshot) -> list[RequestOutput]:
+        self._remove([request])
+        after = Conversation(prompt) if request.keep_conversation else None
+        name, length = request.request_id, FinishReason.LENGTH
+        return [
+            RequestOutput(name, i, finish_reason=length, conversation=after) for i in range(request.params.n_generated)
+        ]
+
+    def _start_texts(self, request: Request, prompt: Snapshot, n_texts: int) -> list[RequestOutput]:
+        """Fork the state after the prompt for the next texts, which have slots, and choose the first token of each."""
         assert prompt.logits is not None
         first_row = self.num_running
-        for text in texts:
-            self.pool.append(prompt.state)
-            self._running.append(text)
-        return self._advance(first_row, prompt.logits.expand(n, -1))
+        try:
+            for _ in range(n_texts):
+                text = self._new_text(request, request.num_started_texts)
+                self.pool.append(prompt.state)
+                self._running.append(text)
+                request.num_started_texts += 1
+        except Exception:
+            for _ in range(first_row + n_texts - self.num_running):  # slots that no text has
+                self.scheduler.free_slot(request)
+            raise
+        if request.num_started_texts == request.params.n_generated:
+            request.read_state = None
+        return self._advance(first_row, prompt.logits.expand(n_texts, -1))
 
     def _new_text(self, request: Request, index: int) -> Text:
         params, matcher = request.params, request.matcher.copy() if request.matcher else None
+        assert request.sampler is not None
         return Text(
             request,
             index,
-            Sampler(params, request.prompt_ids, self.tokenizer, index, first=[matcher] if matcher else []),
-            Detokenizer(params.stop, include_stop=params.include_stop),
+            request.sampler.fork(index, first=[matcher] if matcher else []),
+            Detokenizer(params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens),
             matcher,
         )
 
@@ -230,15 +280,15 @@ class LLMEngine:
     def _release(self, row: int) -> None:
         """Give up the row and the slot of a running text; the last row takes its place."""
         self.pool.remove(row)
-        last = self._running.pop()
+        text, last = self._running[row], self._running.pop()
         if row < len(self._running):
             self._running[row] = last
-        self.scheduler.free_slots(1)
+        self.scheduler.free_slot(text.request)
 
     def _requests(self) -> Iterator[Request]:
-        """All that have not ended, each once."""
+        """All that have not ended; some twice, whose texts run and wait."""
         yield from self.scheduler.requests()
-        yield from dict.fromkeys(text.request for text in self._running)
+        yield from self._decoding()
 
     def _remove(self, requests: Collection[Request]) -> None:
         """Drop requests wherever they are."""
@@ -248,10 +298,6 @@ class LLMEngine:
         for row in reversed(range(self.num_running)):
             if self._running[row].request in requests:
                 self._release(row)
-
-    def _fail(self, request: Request, error: ServerError) -> RequestOutput:
-        self._remove([request])
-        return RequestOutput(request.request_id, error=error)
 
     def _keep(self, output: RequestOutput, text: Text, row: int, logits: Tensor) -> RequestOutput:
         """At the end of a text: a next turn goes on from here. The last token was chosen, but not read."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 MAX_UNWRITTEN = 64  # prefixes; beyond them, what is evicted is dropped
 MAX_CANDIDATES = 4096  # prefixes of a prompt that are looked for
+FINDERS = 4  # threads
+LOOK_UP_SECONDS = 2.0  # more than a store takes to give up by itself
 PAUSE_SECONDS = 10.0  # for which a store that failed is left alone
 
 
@@ -60,11 +64,22 @@ class StoredPrefixes:
         self._settings = f"{config.chunk_size} {config.batch_invariant} ".encode()
         self._unwritten: queue.Queue[Prefix | None] = queue.Queue(MAX_UNWRITTEN)
         self._writer = threading.Thread(target=self._write_all, name="prefix-writer", daemon=True)
+        # A store that hangs must not hold up those who render and tokenise in threads.
+        self._finders = ThreadPoolExecutor(FINDERS, thread_name_prefix="prefix-finder")
         self._paused_until = 0.0
 
     def start(self) -> None:
         self._cache.on_evict = self._on_evict
         self._writer.start()
+
+    async def look_up(self, token_ids: array[int], beginning: KeyHash) -> Prefix | None:
+        """As `find`, in a thread of its own, and not for long: reading the prompt would be done meanwhile."""
+        finding = asyncio.get_running_loop().run_in_executor(self._finders, self.find, token_ids, beginning)
+        try:
+            return await asyncio.wait_for(finding, LOOK_UP_SECONDS)
+        except TimeoutError:
+            self._pause()
+            return None
 
     def find(self, token_ids: array[int], beginning: KeyHash) -> Prefix | None:
         """The longest stored prefix that is longer than what the cache has."""
@@ -94,6 +109,7 @@ class StoredPrefixes:
                 self._unwritten.put(prefix)
         self._unwritten.put(None)
         self._writer.join()
+        self._finders.shutdown(wait=False, cancel_futures=True)
         self._store.close()
 
     @property
@@ -109,12 +125,12 @@ class StoredPrefixes:
 
     def _parse(self, data: bytes, key: Key, has_logits: bool) -> Prefix | None:
         try:
-            snapshot, unread_ids = self._files.read(data)
+            snapshot, unread_ids = self._files.read(data, self._name(key, has_logits))
         except InvalidConversationError as error:
             logger.warning("A stored prefix is not used: %s", error)
             return None
         if (int(snapshot.state.position), unread_ids, snapshot.logits is not None) != (key.length, (), has_logits):
-            logger.warning("A stored prefix is not used: it is another's.")
+            logger.warning("A stored prefix is not used: It is what follows other tokens.")
             return None
         return Prefix(key, replace(snapshot, name=key.name))
 
@@ -137,7 +153,8 @@ class StoredPrefixes:
             return False
         snapshot = prefix.snapshot
         try:
-            self._store.put(self._name(prefix.key, snapshot.logits is not None), self._files.write(snapshot))
+            name = self._name(prefix.key, snapshot.logits is not None)
+            self._store.put(name, self._files.write(snapshot, key=name))
         except StoreUnavailableError:
             self._pause()
             return False

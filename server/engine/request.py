@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from array import array
 from dataclasses import dataclass, field
@@ -84,33 +83,36 @@ class Text:
 class Request:
     """A prompt, what to generate from it, and how far it has come.
 
+    owner        whose request it is; slots are shared among owners, and priorities order the requests of one
     priority     each step of it is worth as much as having waited PRIORITY_SECONDS longer; smaller goes first
-    deadline     time.monotonic() at which the request fails, wherever it is
     cache_salt   requests share cached prefixes only with those of the same salt
     start        the conversation that the prompt goes on from; prompt_ids begin with its unread tokens
     keep_conversation  whether each text's end brings what it leaves behind
     matcher      compiled from params.grammar; each text goes on from a copy
+    sampler      made from params, once, with masks and biases; each text goes on from a fork
     arrived_at, admitted_at  time.monotonic() at which it was asked for, before anything was done for it, and got its
-                             slots
+                             first slot
 
     Tokens [0, num_computed_tokens) of the prompt have been read, of which [0, num_cached_tokens) came from the cache.
-    read_state is the state after them, while the prompt is being read, and read_key what names it. What cannot be given
-    is written by the engine's thread; others may read it once they have an output of the request.
+    read_state is the state after them, until each text has started from it, and read_key what names it. What cannot be
+    given is written by the engine's thread; others may read it once they have an output of the request.
     """
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    owner: str = ""
     priority: int = 0
-    deadline: float = math.inf
     cache_salt: str = ""
     start: Conversation | None = None
     keep_conversation: bool = False
     matcher: Matcher | None = None
+    sampler: Sampler | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = field(default=None, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
+    num_started_texts: int = field(default=0, init=False)
     prompt_logprobs: list[PromptLogprob | None] = field(default_factory=list, init=False)
     read_state: Snapshot | None = field(default=None, init=False)
     read_key: KeyHash = field(init=False)

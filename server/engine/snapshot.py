@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from model.language_model import LanguageModel
 from model.state import State
 from server.errors import InvalidConversationError
 
 FORMAT, VERSION, READABLE_VERSIONS = "aft-conversation", "3", ("2", "3")
 POSITION, LOGITS, UNREAD = "position", "logits", "unread_ids"
 SEGMENT = 256  # tokens
-MAX_POSITION = 2**53  # tokens: JavaScript has no larger whole numbers
+HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 2048, 256  # of a safetensors file: about twice of what is needed
 
 
 class Key(NamedTuple):
@@ -88,16 +89,25 @@ class Snapshot:
 class StateFiles:
     """States of one model as bytes.
 
-    fingerprint: of the model; empty: its state before the first token, which has the right shapes; state_version: of
-    its family's tensors.
+    fingerprint: of the model; empty: its state before the first token, which has the right shapes; family: what says
+    which states a text can leave, and the version of their tensors; max_tokens: that a conversation may have.
     """
 
-    def __init__(self, fingerprint: bytes, empty: State, vocab_size: int, state_version: int) -> None:
+    def __init__(
+        self, fingerprint: bytes, empty: State, vocab_size: int, family: type[LanguageModel], max_tokens: int
+    ) -> None:
         self._fingerprint, self._empty, self._vocab_size = fingerprint.hex(), empty, vocab_size
-        self._state_version = str(state_version)
+        self._family, self._max_tokens = family, max_tokens
+        self._state_version = str(family.state_version)
 
-    def write(self, snapshot: Snapshot, unread_ids: Sequence[int] = ()) -> bytes:
-        """unread_ids: tokens that were chosen since."""
+    @property
+    def max_bytes(self) -> int:
+        """Of a file: the state, the logits that follow, a token to be read next, and a header with a line for each."""
+        header = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * (len(self._empty.tensors()) + 2)
+        return self._empty.nbytes + 4 * self._vocab_size + header
+
+    def write(self, snapshot: Snapshot, unread_ids: Sequence[int] = (), key: bytes = b"") -> bytes:
+        """unread_ids: of the token that was chosen since, if there is one; key: what the file is to be found by."""
         tensors = _not_empty(snapshot.state.named())
         if snapshot.logits is not None:
             tensors[LOGITS] = snapshot.logits
@@ -109,12 +119,15 @@ class StateFiles:
             "state_version": self._state_version,
             "model": self._fingerprint,
         }
+        if key:
+            metadata["key"] = key.hex()
         return save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
 
-    def read(self, data: bytes) -> tuple[Snapshot, tuple[int, ...]]:
+    def read(self, data: bytes, key: bytes = b"") -> tuple[Snapshot, tuple[int, ...]]:
         """The inverse. A state from a file is named by the file's content.
 
-        Raises InvalidConversationError, in a sentence, for anything that `write` for this model would not write.
+        key: what it was found by, which a file that says of what it was written for must have in it. Raises
+        InvalidConversationError, in a sentence, for anything that `write` for this model would not write.
         """
         metadata = _metadata(data)
         if metadata.get("format") != FORMAT:
@@ -138,25 +151,22 @@ class StateFiles:
         checksum = metadata.pop("checksum", None)
         if checksum != _checksum(metadata, tensors):
             raise InvalidConversationError("The conversation is damaged: its checksum is not that of its content.")
+        if key and metadata.get("key", key.hex()) != key.hex():  # those of 0.2.0 have none
+            raise InvalidConversationError("It is what follows other tokens.")
         logits, unread = tensors.pop(LOGITS, None), tensors.pop(UNREAD, None)
         tensors = _not_empty(tensors)
         if not (self._fits(tensors) and self._fit(logits, unread)):
             raise InvalidConversationError("The conversation does not have the tensors of this model's state.")
         assert unread is not None
-        named = self._empty.named()
-        device = self._empty.position.device
-        state = self._empty.like(tensors.get(name, empty).to(device) for name, empty in named.items())
+        state = self._empty.like(tensors.get(name, empty) for name, empty in self._empty.named().items())
+        self._check(state, len(unread))
+        state = self._empty.like(tensor.to(self._empty.position.device) for tensor in state.tensors())
         return Snapshot(state.clone(), logits, bytes.fromhex(checksum)), tuple(unread.tolist())
 
     def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """A right checksum tells of a file that was not damaged, not of one that was made well."""
         expected = {name: (tensor.dtype, tensor.shape) for name, tensor in _not_empty(self._empty.named()).items()}
-        found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        return (
-            found == expected
-            and 0 <= int(tensors[POSITION]) <= MAX_POSITION
-            and not any(bool(tensor.isnan().any()) for tensor in tensors.values())
-        )
+        return expected == {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
     def _fit(self, logits: Tensor | None, unread: Tensor | None) -> bool:
         size = self._vocab_size
@@ -167,9 +177,22 @@ class StateFiles:
             and bool(((unread >= 0) & (unread < size)).all())
             and (
                 logits is None
-                or (logits.dtype == torch.float32 and logits.shape == (size,) and not bool(logits.isnan().any()))
+                or (logits.dtype == torch.float32 and logits.shape == (size,) and bool(logits.isfinite().all()))
             )
         )
+
+    def _check(self, state: State, n_unread: int) -> None:
+        position = int(state.position)
+        if not 0 <= position + n_unread <= self._max_tokens:
+            raise InvalidConversationError(
+                f"The conversation has {position + n_unread} tokens, but from 0 to {self._max_tokens} are allowed here."
+            )
+        if n_unread > 1:
+            raise InvalidConversationError(
+                f"The conversation has {n_unread} tokens that were not read, but a text leaves at most 1."
+            )
+        if position < 0 or not all(self._family.is_possible(layer, position) for layer in state.layers):
+            raise InvalidConversationError("The conversation has a state that no text can have left.")
 
 
 def _not_empty(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

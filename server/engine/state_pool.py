@@ -29,8 +29,8 @@ class StatePool:
         """Copy the state of one sequence in; returns its row."""
         assert self._n_used < self.n_slots, "a sequence was admitted without a slot"
         row = self._n_used
-        self._n_used += 1
         self.write(state, row)
+        self._n_used += 1
         return row
 
     def remove(self, row: int) -> None:

@@ -1,35 +1,28 @@
 """Text that must match a JSON schema or a regular expression.
 
 Through llguidance, chosen over xgrammar and outlines-core because it takes a vocabulary as raw bytes, which is what a
-sentencepiece model with byte fallback is; because it computes masks lazily, so that no schema takes long to compile;
+sentencepiece model with byte fallback is; because it computes masks lazily, so that few schemas take long to compile;
 and because it needs neither a Hugging Face tokenizer nor a compiler.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from model.sampling import Grammar
 from model.tokenizer import Tokenizer
 from server.errors import GenerationError, InvalidRequestError
+from server.grammars import sources
+from server.grammars.process import GrammarProcesses
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-MAX_CACHED_GRAMMARS = 256
-# A tenth of llguidance's own: a mask that needs more would hold up everyone else's tokens.
-LIMITS = LLParserLimits(initial_lexer_fuel=100_000, step_lexer_fuel=20_000, step_max_items=5_000)
-# Spaces as Python's json writes them. Where any white space may stand, a small model fills a text with it.
-JSON_FORMAT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MAX_CACHED_GRAMMARS = 32  # of up to 10 MB
 
 
 class Matcher:
@@ -62,55 +55,57 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
-        if problem := self.problem:
+        if problem := sources.reason(self._matcher):
             raise GenerationError(f"The grammar failed: {problem}.")
-
-    @property
-    def problem(self) -> str | None:
-        """Why the grammar has failed, if it has. What follows the first line is llguidance's inside."""
-        return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer, and keeps those used last. May be called from any thread."""
+    """Compiles grammars for one tokenizer, and keeps those used last. May be called from any thread.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)))
+    A grammar is first tried in a process of its own, and may take `timeout` seconds in all: what llguidance makes of it
+    is not bounded, and may need minutes or gigabytes, or recurse until its process dies.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, timeout: float) -> None:
+        vocabulary = _Vocabulary(tokenizer)
+        self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary))
+        self._processes = GrammarProcesses(
+            vocabulary.tokens, vocabulary.special_token_ids, vocabulary.eos_token_id, timeout
+        )
         self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> Matcher:
         """A matcher at the start of `grammar`. Raises InvalidRequestError if that is not valid."""
-        with self._lock:
-            matcher = self._compiled.get(grammar)
-        if matcher is None:
-            matcher = self._compile(grammar)  # unlocked: a slow grammar must not hold up the others
+        if matcher := self.find(grammar):
+            return matcher
+        matcher = self._compile(grammar)  # unlocked: a slow grammar must not hold up the others
         with self._lock:
             self._compiled[grammar] = matcher
-            self._compiled.move_to_end(grammar)
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
         return matcher.copy()
 
+    def find(self, grammar: Grammar) -> Matcher | None:
+        """As `compile`, if the grammar is one of those kept."""
+        with self._lock:
+            if matcher := self._compiled.get(grammar):
+                self._compiled.move_to_end(grammar)
+        return matcher.copy() if matcher else None
+
+    def close(self) -> None:
+        """End the processes. Whoever waits for one gets an InvalidRequestError."""
+        self._processes.close()
+
     def _compile(self, grammar: Grammar) -> Matcher:
         try:
-            if grammar.kind == "regex":
-                source = LLMatcher.grammar_from_regex(grammar.source)
-            else:
-                json.loads(grammar.source)
-                source = LLMatcher.grammar_from_json_schema(grammar.source, defaults=JSON_FORMAT)
-        except (ValueError, RecursionError) as error:
-            what = "regular expression" if grammar.kind == "regex" else "JSON schema"
-            raise InvalidRequestError(f"grammar is not a {what}: {error}.") from error
-        problem = LLMatcher.validate_grammar(source, self._tokenizer)
-        if problem and not problem.startswith("WARNING"):
-            raise InvalidRequestError(f"grammar is not a valid {grammar.kind}: {problem.splitlines()[0]}.")
-        matcher = Matcher(LLMatcher(self._tokenizer, source, limits=LIMITS))
-        try:
-            matcher.allowed()  # the first mask costs most: here rather than in a step that others wait for
-        except GenerationError as error:
-            raise InvalidRequestError(f"grammar cannot be followed: {matcher.problem}.") from error
-        return matcher
+            source = self._processes.try_(grammar.kind, grammar.source)
+            matcher, problem = sources.start(self._tokenizer, source)
+            if problem:
+                raise InvalidRequestError(problem)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{grammar.name} cannot be followed: {error}.") from error
+        return Matcher(matcher)
 
 
 class _Vocabulary:

@@ -17,6 +17,8 @@ from server.errors import GenerationError, ServerError
 
 logger = logging.getLogger(__name__)
 
+LONGEST_SUM = 2**15  # addends; PyTorch cuts longer ones for its threads, and elsewhere in batches of other sizes
+
 
 class TokenProcessor:
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -27,7 +29,7 @@ class TokenProcessor:
 
         What goes wrong with one text becomes the error of its output, and touches no other.
         """
-        normalizers = logits.logsumexp(-1)  # NaN or infinite where a logit is NaN or infinity, or all are -infinity
+        normalizers = log_normalizers(logits)  # not finite where a logit is NaN or infinity, or all are -infinity
         errors: dict[int, ServerError] = {
             row: GenerationError("The model's logits are not finite.")
             for row, total in enumerate(normalizers.tolist())
@@ -87,10 +89,18 @@ class TokenProcessor:
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], n_top: int) -> list[PromptLogprob]:
     """Of each of `token_ids` [T], from the logits [T, V] of the position before it."""
+    log_probabilities = logits - log_normalizers(logits).unsqueeze(-1)
     return [
         PromptLogprob(token_id, float(row[token_id]), top_logprobs(row, n_top))
-        for row, token_id in zip(logits.log_softmax(-1), token_ids, strict=True)
+        for row, token_id in zip(log_probabilities, token_ids, strict=True)
     ]
+
+
+def log_normalizers(logits: Tensor) -> Tensor:
+    """What is taken from each row of logits [R, V] to make log-probabilities of it [R]: the same bits in any batch."""
+    if logits.shape[-1] <= LONGEST_SUM:
+        return logits.logsumexp(-1)
+    return torch.stack([row.logsumexp(-1) for row in logits])
 
 
 def top_logprobs(log_probabilities: Tensor, n_top: int) -> TopLogprobs:

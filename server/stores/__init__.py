@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from server.engine import PrefixStore
 from server.errors import ConfigurationError
-from server.stores.base import Session, SessionStore
+from server.stores.base import GRACE_SECONDS, Session, SessionStore
 from server.stores.sqlite import SQLitePrefixStore, SQLiteSessionStore
 
-__all__ = ["SQLiteSessionStore", "Session", "SessionStore", "open_prefix_store", "open_store"]
+__all__ = ["GRACE_SECONDS", "SQLiteSessionStore", "Session", "SessionStore", "open_prefix_store", "open_store"]
 
 REDIS_SCHEMES = ("redis://", "rediss://")
 

@@ -1,8 +1,8 @@
 """Sessions and prefixes in Redis: the store of several machines.
 
-Each session is a hash, which Redis forgets at its time; each owner has a sorted set of session ids by their ends. What
-reads and then writes is a script, so that it happens whole also between servers. Not for Redis Cluster: a script
-touches keys of several slots.
+Each session is a hash, which Redis forgets some time after its end; each owner has a sorted set of session ids by their
+ends. What reads and then writes is a script, so that it happens whole also between servers. Not for Redis Cluster: a
+script touches keys of several slots.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from urllib.parse import urlsplit
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
+from redis.exceptions import OutOfMemoryError
 from redis.retry import Retry
 
 from server.errors import ConfigurationError
-from server.stores.base import Session, unavailable
+from server.stores.base import GRACE_SECONDS, Session, unavailable
 
 SESSION, OWNER = "aft:session:", "aft:sessions-of:"  # prefixes of keys
 FIELDS = [field.name for field in fields(Session)]
 PREFIX, PREFIXES, PREFIX_BYTES = "aft:prefix:", "aft:prefixes", "aft:prefix-bytes"
 TIMEOUT_SECONDS, PREFIX_TIMEOUT_SECONDS = 10.0, 1.0  # a prefix is not worth a long wait
 
-# KEYS: owner, sessions. ARGV: end in seconds, end in milliseconds, then the script's own, from `from` on fields and
-# values. The owner's set lives as long as the last of its sessions.
+# KEYS: owner, sessions. ARGV: end in seconds, milliseconds at which Redis forgets it, then the script's own, from
+# `from` on fields and values. The owner's set lives as long as the last of its sessions.
 SAVE = f"""
 local function save(from)
     for i = 2, #KEYS do
@@ -38,15 +39,21 @@ local function save(from)
         redis.call('ZADD', KEYS[1], ARGV[1], id)
     end
     local last = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2]
-    redis.call('PEXPIREAT', KEYS[1], math.ceil(tonumber(last) * 1000))
+    redis.call('PEXPIREAT', KEYS[1], math.ceil((tonumber(last) + {GRACE_SECONDS}) * 1000))
     return 1
 end
 """
-# ARGV: ends, now, most sessions.
+# ARGV: ends, now, when what is forgotten by now had ended, most sessions. What is new is written first: a full Redis
+# refuses that, but lets a script that has written go on.
 CREATE = f"""{SAVE}
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3])
-if redis.call('ZCARD', KEYS[1]) + #KEYS - 1 > tonumber(ARGV[4]) then return 0 end
-return save(5)
+local most = tonumber(ARGV[5])
+if redis.call('ZCOUNT', KEYS[1], '(' .. ARGV[3], '+inf') + #KEYS - 1 > most then return 0 end
+save(6)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[4])
+for _ = 1, redis.call('ZCARD', KEYS[1]) - most do
+    redis.call('DEL', '{SESSION}' .. redis.call('ZPOPMIN', KEYS[1])[1])
+end
+return 1
 """
 # ARGV: ends, owner, turn before.
 COMMIT = f"""{SAVE}
@@ -60,11 +67,15 @@ if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[2] then return 0 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 return redis.call('DEL', KEYS[1])
 """
-# KEYS: owner. ARGV: now, prefix of sessions, names of fields.
+# KEYS: owner. ARGV: now, how many, after which id or '', prefix of sessions, names of fields.
 LIST = """
+local first = 0
+if ARGV[3] ~= '' then
+    first = (redis.call('ZREVRANK', KEYS[1], ARGV[3]) or -1) + 1
+end
 local found = {}
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[1], '+inf')) do
-    table.insert(found, redis.call('HMGET', ARGV[2] .. id, unpack(ARGV, 3)))
+for _, id in ipairs(redis.call('ZREVRANGEBYSCORE', KEYS[1], '+inf', '(' .. ARGV[1], 'LIMIT', first, ARGV[2])) do
+    table.insert(found, redis.call('HMGET', ARGV[4] .. id, unpack(ARGV, 5)))
 end
 return found
 """
@@ -108,7 +119,8 @@ class RedisSessionStore:
         self._create, self._commit, self._delete, self._list = map(self._client.register_script, scripts)
 
     def create(self, sessions: Sequence[Session], data: bytes, max_per_owner: int) -> bool:
-        return self._save(self._create, sessions, data, repr(sessions[0].created_at), max_per_owner)
+        now = sessions[0].created_at
+        return self._save(self._create, sessions, data, repr(now), repr(now - GRACE_SECONDS), max_per_owner)
 
     def load(self, session_id: str, owner: str, now: float) -> tuple[Session, bytes] | None:
         try:
@@ -126,12 +138,11 @@ class RedisSessionStore:
     def delete(self, session_id: str, owner: str) -> bool:
         return bool(_run(self._delete, [SESSION + session_id, OWNER + owner], session_id, owner))
 
-    def list(self, owner: str, now: float) -> list[Session]:
-        rows = _run(self._list, [OWNER + owner], repr(now), SESSION, *FIELDS)
-        found = [session for row in rows if (session := _session(row))]
-        return sorted(found, key=lambda session: session.used_at, reverse=True)
+    def list(self, owner: str, now: float, limit: int, after: str | None = None) -> list[Session]:
+        rows = _run(self._list, [OWNER + owner], repr(now), limit, after or "", SESSION, *FIELDS)
+        return [session for row in rows if (session := _session(row))]
 
-    def remove_expired(self, now: float) -> None:
+    def remove_expired(self, before: float) -> None:
         """Nothing: Redis forgets each session at its time."""
 
     def close(self) -> None:
@@ -140,7 +151,7 @@ class RedisSessionStore:
     def _save(self, script: Script, sessions: Sequence[Session], data: bytes, *condition: str | int) -> bool:
         first = sessions[0]
         keys = [OWNER + first.owner, *(SESSION + session.session_id for session in sessions)]
-        ends = (repr(first.expires_at), math.ceil(first.expires_at * 1000))
+        ends = (repr(first.expires_at), math.ceil((first.expires_at + GRACE_SECONDS) * 1000))
         values = [item for name in FIELDS[1:] for item in (name, _text(getattr(first, name)))]
         return bool(_run(script, keys, *ends, *condition, *values, "data", data))
 
@@ -187,7 +198,7 @@ def _run(script: Script, keys: Sequence[str | bytes], *arguments: Any) -> Any:
     try:
         return script(keys, arguments)
     except RedisError as error:
-        raise unavailable(error) from error
+        raise unavailable(error, is_full=isinstance(error, OutOfMemoryError)) from error
 
 
 def _text(value: object) -> str:

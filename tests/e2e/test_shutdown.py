@@ -59,14 +59,16 @@ def handles(pid: int, number: signal.Signals) -> bool:
     return bool(int(found[1], 16) >> (number - 1) & 1)
 
 
-def test_before_it_serves_a_server_can_be_stopped(checkpoint: Path) -> None:
-    """Also as the first process of a container, for which no signal has a default."""
-    process = subprocess.Popen([sys.executable, "-m", "server", "serve", "--model", str(checkpoint), "--port", "0"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_it_serves_a_server_can_be_stopped(number: signal.Signals, checkpoint: Path) -> None:
+    """Also as the first process of a container, for which no signal has a default; without a word."""
+    command = [sys.executable, "-m", "server", "serve", "--model", str(checkpoint), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not handles(process.pid, signal.SIGTERM):
+    while not handles(process.pid, signal.SIGTERM):  # the last one that it takes
         assert time.monotonic() < deadline
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 128 + number)
 
 
 @pytest.mark.parametrize("server", ["600"], indirect=True)

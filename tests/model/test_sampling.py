@@ -189,6 +189,39 @@ def test_only_steps_that_are_asked_for_are_taken(fields: dict[str, object], n_st
     assert len(sampler(SamplingParams(**fields)).steps) == n_steps  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1.5},
+        {"frequency_penalty": 1.0, "presence_penalty": 1.0},
+        {"logit_bias": {1: 1.0, 3: -2.0}, "allowed_token_ids": (1, 2, 3), "banned_token_ids": (2,)},
+        {"watermark": True},
+        {"min_tokens": 3, "stop_token_ids": (1, 2)},
+    ],
+)
+def test_a_fork_is_a_sampler_of_its_own(fields: dict[str, object]) -> None:
+    """Whatever others of the same request have chosen meanwhile."""
+    params = SamplingParams(seed=5, **fields)  # type: ignore[arg-type]
+    made, others, expected = sampler(params), [], []
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    for index in range(3):
+        forked, alone = made.fork(index), sampler(params, index=index)
+        others += [sample(row[None], [forked]) for row in logits]
+        expected += [sample(row[None], [alone]) for row in logits]
+    assert others == expected
+
+
+def test_what_is_the_same_for_all_texts_is_made_once() -> None:
+    made = sampler(SamplingParams(allowed_token_ids=(1, 2)))
+    assert made.fork(1).steps[0] is made.steps[0]
+
+
+def test_ids_given_again_and_again_count_once() -> None:
+    params = SamplingParams(allowed_token_ids=(5, 4) * 10_000, banned_token_ids=(3,) * 10_000)
+    assert params.allowed_token_ids == (5, 4)
+    assert params.banned_token_ids == (3,)
+
+
 class Only:
     """A step of the caller's: allows only one token, the next one each time. Fails at token 2."""
 
@@ -205,6 +238,9 @@ class Only:
         if token_id == 2 and self._fails_to == "observe":
             raise ValueError("two")
         self._token_id += 1
+
+    def copy(self) -> Only:
+        raise AssertionError("this test has one text")
 
 
 @pytest.mark.parametrize("fails_to", ["adjust", "observe"])

@@ -37,6 +37,8 @@ def test_mistakes_are_a_sentence() -> None:
         (["--ray", "--replicas", "2"], "store must be given for several replicas, which share it."),
         (["--ray", "--max-replicas", "2"], "store must be given for several replicas, which share it."),
         (["--replicas", "2", *STORE], "replicas and max_replicas need --ray."),
+        (["--replicas", "2"], "replicas and max_replicas need --ray."),
+        (["--max-replicas", "2"], "replicas and max_replicas need --ray."),
     ):
         assert refusal(*arguments) == sentence
 
@@ -51,6 +53,8 @@ def test_mistakes_are_a_sentence() -> None:
         ("request-timeout", "inf", "positive and at most 1000000000"),
         ("grammar-timeout", "1e+30", "positive and at most 1000000000"),
         ("drain-timeout", "nan", "from 0 to 1000000000"),
+        ("drain-timeout", "-1.0", "from 0 to 1000000000"),
+        ("max-num-seqs", str(10**30), "from 1 to 65536"),
     ],
 )
 def test_a_number_that_nothing_can_count_is_a_sentence(option: str, value: str, sentence: str) -> None:
@@ -67,7 +71,10 @@ def test_bench_asks_a_server_over_http_only(url: str) -> None:
 @pytest.mark.parametrize("device", ["foo", "", "cuda", "cuda:1", "meta", "mps", "mkldnn", "privateuseone", "auto"])
 def test_a_device_that_is_not_here_is_a_sentence(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
     sentence = f"device must be cpu on this machine, not {device!r}."
+    if device.startswith("cuda"):
+        sentence += " This PyTorch was built without CUDA; https://pytorch.org/get-started/locally has the others."
     assert refusal("--device", device) == sentence
     for command in (["generate"], ["batch", os.devnull, str(tmp_path / "out")]):
         with pytest.raises(ConfigurationError) as error:

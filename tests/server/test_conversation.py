@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -17,7 +18,8 @@ from model.generate import generate
 from model.sampling import SamplingParams
 from server.engine import EngineConfig, LLMEngine, Request, RequestOutput
 from server.engine.conversation import Conversation
-from server.errors import InvalidConversationError, InvalidRequestError
+from server.engine.snapshot import _checksum
+from server.errors import GenerationError, InvalidConversationError, InvalidRequestError
 from tests.conftest import STORIES, VARIANTS, Variant, random_model, tiny_config
 
 WORDS = SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)
@@ -144,7 +146,7 @@ def test_what_follows_a_conversation_is_read_once_for_all_its_forks() -> None:
 def test_limits_count_the_whole_conversation() -> None:
     engine = make_engine(max_model_len=20)
     _, conversation = turn(engine, [1, *range(5, 15)], max_tokens=4)
-    with pytest.raises(InvalidRequestError, match="A prompt of 17 tokens and 5 new ones make 22, but at most 20"):
+    with pytest.raises(InvalidRequestError, match="is 20 tokens, but a prompt of 17 tokens and 5 new ones make 22"):
         turn(engine, [3, 4], conversation, max_tokens=5)
     with pytest.raises(InvalidRequestError, match="at least one token"):
         engine.add_request(Request("b", []))
@@ -216,29 +218,162 @@ def test_dtypes_that_pytorch_does_not_have_are_refused(kept: tuple[LLMEngine, by
             read(engine, len(header).to_bytes(8, "little") + header + bytes(8))
 
 
+def sealed(engine: LLMEngine, tensors: dict[str, torch.Tensor], **claims: str) -> bytes:
+    """A file of these tensors with all that the server writes beside them."""
+    metadata = {"format": "aft-conversation", "version": "3", "model": engine.fingerprint.hex(), **claims}
+    return save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"logits": torch.zeros(3)},
+        {"logits": torch.full((400,), float("inf"))},
         {"unread_ids": torch.tensor([400])},
         {"unread_ids": torch.tensor([-1])},
-        {"position": torch.tensor([-5])},
         {"layers.0.keys": torch.zeros(1, 2, 4)},
-        {"layers.0.sums": torch.full((1, 4, 5), float("nan"))},
         {"extra": torch.zeros(1)},
         {"extra": torch.zeros(())},
         {"unread_ids": torch.tensor(1)},
-        {"position": torch.tensor([2**63 - 1])},
-        {"position": torch.tensor([2**53 + 1])},
     ],
 )
 def test_files_made_badly_are_refused_whatever_their_checksum_says(
     change: dict[str, torch.Tensor], kept: tuple[LLMEngine, bytes]
 ) -> None:
-    from server.engine.snapshot import _checksum
-
     engine, data = kept
-    tensors = {**load(data), **change}
-    metadata = {"format": "aft-conversation", "version": "3", "model": engine.fingerprint.hex()}
     with pytest.raises(InvalidConversationError, match="does not have the tensors of this model's state"):
-        read(engine, save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)}))
+        read(engine, sealed(engine, {**load(data), **change}))
+
+
+def test_more_tokens_than_a_text_may_have_are_refused(kept: tuple[LLMEngine, bytes]) -> None:
+    engine, data = kept
+    longest = engine.max_model_len
+    for position, shown in ((2**63 - 1, 2**63), (2**62, 2**62 + 1), (longest, longest + 1), (-5, -4)):
+        with pytest.raises(InvalidConversationError, match=f"has {shown} tokens, but from 0 to {longest} are allowed"):
+            read(engine, sealed(engine, {**load(data), "position": torch.tensor([position])}))
+    for n, sentence in (
+        (2, "2 tokens that were not read, but a text leaves at most 1"),
+        (2 * longest, f"has {2 * longest + 7} tokens"),
+    ):
+        with pytest.raises(InvalidConversationError, match=sentence):
+            read(engine, sealed(engine, {**load(data), "unread_ids": torch.full((n,), 5)}))
+
+
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_states_that_no_text_can_leave_are_refused(variant: Variant) -> None:
+    """One number changed, in each tensor of each layer, to what no token could have made of it."""
+    engine = make_engine(variant)
+    _, conversation = turn(engine, [1, *range(5, 45)], max_tokens=3)
+    tensors = load(written(engine, conversation))
+    read(engine, sealed(engine, tensors))
+    for name, tensor in tensors.items():
+        if not name.startswith("layers."):
+            continue
+        wrong = [*NOT_FINITE]
+        if name.endswith("sums"):  # the last is the denominator
+            wrong += [-1.0, 1e20]
+        for value in wrong:
+            changed = tensor.clone()
+            changed.view(-1)[0 if name.endswith("keys") else -1] = value  # the last slots may rightly be empty
+            with pytest.raises(InvalidConversationError, match="has a state that no text can have left"):
+                read(engine, sealed(engine, {**tensors, name: changed}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_before_a_texts_beginning_is_empty(variant: Variant) -> None:
+    engine = make_engine(variant)
+    begun = {**load(written(engine, turn(engine, [1, *range(5, 45)], max_tokens=3)[1])), "position": torch.tensor([0])}
+    with pytest.raises(InvalidConversationError, match="has a state that no text can have left"):
+        read(engine, sealed(engine, begun))
+
+
+@settings(max_examples=30)
+@given(
+    variant=st.sampled_from(VARIANTS), n_read=st.integers(0, 300), n_stepped=st.integers(0, 5), scale=st.floats(-8, 8)
+)
+def test_what_a_text_leaves_is_possible(variant: Variant, n_read: int, n_stepped: int, scale: float) -> None:
+    """Read in parallel or token by token, before the window is full and long after, whatever the weights."""
+    model = copy.deepcopy(MODELS[variant])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10**scale) if scale < 0 else parameter.mul_(1 + scale)
+    limit = model.config.context_limit or 10**6
+    ids = torch.randint(0, 400, (1, max(0, min(n_read, limit - n_stepped))), generator=torch.Generator().manual_seed(0))
+    state = model.init_state(1)
+    if ids.shape[1]:
+        state = model(ids, state)[1]
+    for i in range(n_stepped):
+        state = model.step(torch.tensor([i]), state)[1]
+    if all(bool(tensor.nan_to_num(neginf=0.0).isfinite().all()) for tensor in state.tensors()):
+        assert all(model.is_possible(layer, int(state.position)) for layer in state.layers)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=8,
+)
+DTYPES = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "C64", "F4",
+          "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U4", "nonsense"]  # fmt: skip
+SIZES = st.integers(0, 9) | st.integers(-(2**70), 2**70)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(DTYPES),
+        "shape": st.lists(SIZES, max_size=4),
+        "data_offsets": st.tuples(SIZES, SIZES).map(list),
+    }
+)
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_every_crafted_file_is_refused_in_a_sentence(kept: tuple[LLMEngine, bytes], data: st.DataObject) -> None:
+    """Any header over any bytes, and the server's own tensors in any dtype and shape, with all else right."""
+    engine, file = kept
+    metadata = {"format": "aft-conversation", "version": "3", "model": engine.fingerprint.hex()}
+    if data.draw(st.booleans()):
+        names = st.sampled_from([*sorted(load(file)), "extra"])
+        header: Any = data.draw(st.dictionaries(names, ENTRIES | JSON_VALUES, max_size=4))
+        claims = data.draw(
+            st.just({}) | st.dictionaries(st.sampled_from([*metadata, "checksum", "state_version"]), JSON_VALUES)
+        )
+        header["__metadata__"] = data.draw(JSON_VALUES | st.just({**metadata, **claims}))
+        text = json.dumps(data.draw(st.just(header) | JSON_VALUES)).encode()
+        length = data.draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
+        crafted = length.to_bytes(8, "little") + text + data.draw(st.binary(max_size=64))
+    else:
+        tensors = load(file)
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        dtype = data.draw(st.sampled_from([torch.bool, torch.uint8, torch.int16, torch.float16, torch.float64,
+                                           torch.complex64, torch.float8_e4m3fn, torch.uint64]))  # fmt: skip
+        shape = data.draw(st.lists(st.integers(0, 5), max_size=4))
+        crafted = sealed(engine, {**tensors, name: torch.ones(shape).to(dtype)})
+    with pytest.raises(InvalidConversationError, match=r"(?s)^The conversation .*\.$|^This is not a conversation.*\.$"):
+        read(engine, crafted)
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_what_is_taken_can_be_gone_on_from(kept: tuple[LLMEngine, bytes], data: st.DataObject) -> None:
+    """Numbers of a file changed to any others: refused, or followed by a text, or by an error of that request."""
+    engine, file = kept
+    tensors = load(file)
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    changed = tensors[name].clone()
+    values: st.SearchStrategy[float] = (
+        st.floats(width=32) if changed.is_floating_point() else st.integers(-3, 2**63 - 1)
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed.view(-1)[data.draw(st.integers(0, changed.numel() - 1))] = data.draw(values)
+    try:
+        start = read(engine, sealed(engine, {**tensors, name: changed}))
+    except InvalidConversationError:
+        return
+    request = Request("a", [*start.unread_ids, 7], GREEDY_TURN, start=start)
+    engine.add_request(request)
+    outputs = finish(engine)
+    assert outputs[-1].finish_reason or isinstance(outputs[-1].error, GenerationError)
+    assert not engine.has_work

@@ -16,9 +16,9 @@ def pieces(data: bytes, cuts: list[int], stop: list[str]) -> tuple[list[str], De
     return [*texts, detokenizer.finish()], detokenizer
 
 
-def first_stop(text: str, stop: list[str]) -> int | None:
-    """Where the first stop string to be complete begins."""
-    for end in range(len(text) + 1):
+def first_stop(text: str, stop: list[str], first_end: int = 0) -> int | None:
+    """Where the first stop string to be complete begins, of those that end at `first_end` or later."""
+    for end in range(first_end, len(text) + 1):
         starts = [end - len(string) for string in stop if text[:end].endswith(string)]
         if starts:
             return min(starts)
@@ -49,6 +49,24 @@ def test_text_ends_before_the_first_stop_string(text: str, cuts: list[int], stop
     end = first_stop(text, stop)
     assert "".join(texts) == text[:end]
     assert (detokenizer.stopped_by is None) == (end is None)
+
+
+@given(
+    tokens=st.lists(st.text("ab", max_size=3), max_size=12),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    min_tokens=st.integers(0, 12),
+)
+@example(tokens=["x", "ab", "z"], stop=["ab", "xabz"], min_tokens=2)
+@example(tokens=["a", "b", "b", "ab"], stop=["ab"], min_tokens=2)
+def test_a_stop_string_counts_from_min_tokens_on(tokens: list[str], stop: list[str], min_tokens: int) -> None:
+    """One that is complete with a later token, wherever it begins."""
+    detokenizer, text = Detokenizer(stop, min_tokens=min_tokens), "".join(tokens)
+    sent = "".join(detokenizer.append(token.encode()) for token in tokens) + detokenizer.finish()
+    n_early = len("".join(tokens[:min_tokens]))
+    ends = [end for end in range(n_early + 1, len(text) + 1) if any(text[:end].endswith(string) for string in stop)]
+    expected = text if not ends else text[: first_stop(text, stop, ends[0])]
+    assert sent == expected
+    assert (detokenizer.stopped_by is not None) == bool(ends)
 
 
 @given(text=st.text("abé", max_size=30), stop=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))

@@ -14,9 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from model import LanguageModel, SentencePieceTokenizer
 from model.generate import generate
 from model.sampling import Grammar, SamplingError, SamplingParams
+from model.sampling.adjust import Bias
 from server.engine import EngineConfig, FinishReason, LLMEngine, Request, RequestOutput
 from server.engine.structured_output import GrammarCompiler
-from server.errors import GenerationError, InvalidRequestError, RequestTimeoutError
+from server.engine.token_processor import log_normalizers
+from server.errors import GenerationError, InvalidRequestError
 from tests.conftest import STORIES, VARIANTS, Variant, random_model, tiny_config
 
 WORDS = SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)
@@ -63,7 +65,7 @@ def alone(one: Request, model: LanguageModel = MODEL, index: int = 0) -> list[in
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Any schedule of arrivals, steps, cancellations, deadlines and prefix hits gives the tokens of each request alone:
+    """Any schedule of arrivals, steps, cancellations, owners and prefix hits gives the tokens of each request alone:
     greedy ones those of `generate`, others those of an engine of its own.
     """
 
@@ -87,17 +89,17 @@ class EngineMachine(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 0.0, 1.0, 4.0]),
         n=st.integers(1, 3),
         priority=st.integers(-1, 1),
-        deadline=st.sampled_from([float("inf"), 6.0]),
+        owner=st.sampled_from("AB"),
     )
     def arrive(
-        self, n_prompt: int, letter: int, max_tokens: int, temperature: float, n: int, priority: int, deadline: float
+        self, n_prompt: int, letter: int, max_tokens: int, temperature: float, n: int, priority: int, owner: str
     ) -> None:
         """Prompts are runs of one of two tokens, so that most of them share prefixes."""
         params = SamplingParams(
             n=min(n, self.engine.pool.n_slots), max_tokens=max_tokens, temperature=temperature, seed=self.n_requests
         )
         name, self.n_requests = f"{self.n_requests}", self.n_requests + 1
-        one = Request(name, [1, *[letter] * n_prompt], params, priority=priority, deadline=self.now + deadline)
+        one = Request(name, [1, *[letter] * n_prompt], params, priority=priority, owner=owner)
         self.engine.add_request(one)
         self.live[name] = one
 
@@ -116,11 +118,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def receive(self, output: RequestOutput) -> None:
         one = self.live[output.request_id]  # nothing comes from what was cancelled or has ended
-        if output.error is not None:
-            assert isinstance(output.error, RequestTimeoutError)
-            assert one.deadline <= self.now
-            del self.live[output.request_id]
-            return
+        assert output.error is None
         key = output.request_id, output.index
         assert key not in self.ended
         if output.token:
@@ -147,8 +145,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def slots_are_accounted_for(self) -> None:
         engine = self.engine
-        reading = sum(one.params.n_generated for one in engine.scheduler._reading)
-        assert engine.scheduler.n_free_slots + reading + engine.num_running == engine.pool.n_slots
+        assert engine.scheduler.n_free_slots + engine.scheduler.num_reading + engine.num_running == engine.pool.n_slots
         assert len(engine.pool) == engine.num_running
 
     def teardown(self) -> None:
@@ -306,7 +303,7 @@ def test_batch_invariance_outlives_the_positions_of_unused_rows() -> None:
 
 def test_a_request_that_fails_as_its_texts_start_leaves_nothing_behind() -> None:
     engine = LLMEngine(MODEL, WORDS, SMALL)
-    with mock.patch("server.engine.llm_engine.Sampler", side_effect=RuntimeError("no sampler")):
+    with mock.patch("server.engine.llm_engine.Detokenizer", side_effect=RuntimeError("no text")):
         results = run(engine, request("fails", n=2))  # checks that the engine is idle
     assert isinstance(results["fails", 0][0].error, GenerationError)
     one = request("next", n_prompt=20, max_tokens=10)
@@ -344,27 +341,123 @@ def test_a_full_batch_takes_turns_fairly() -> None:
     assert order == ["short", "long"]
 
 
-@pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
-def test_a_deadline_ends_a_request_wherever_it_is(when: str) -> None:
-    now = 0.0
-    engine = LLMEngine(MODEL, WORDS, dataclasses.replace(SMALL, max_num_seqs=1), clock=lambda: now)
-    if when == "waiting":
-        engine.add_request(request("first", max_tokens=100, ignore_eos=True))
-    late = dataclasses.replace(request("late", n_prompt=40 if when == "reading" else 1, max_tokens=100), deadline=5.0)
-    engine.add_request(late)
-    for _ in range(3):
-        assert not any(output.error for output in engine.step())
-    now = 5.0
-    errors = [output for output in engine.step() if output.error]
-    assert [output.request_id for output in errors] == ["late"]
-    assert isinstance(errors[0].error, RequestTimeoutError)
-    engine.abort_request("first")
-    assert_idle(engine)
+@pytest.mark.parametrize("fails", ["step_", "read"])
+def test_what_fails_ends_what_it_was_done_for_and_nothing_else(fails: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Decoding ends what decodes, reading what reads; what waits had no part in either."""
+    engine = LLMEngine(MODEL, WORDS, SMALL)
+    decoding = request("decoding", max_tokens=30, n=2, temperature=1.0)
+    engine.add_request(decoding)
+    engine.step()
+    reading = request("reading", n_prompt=30, max_tokens=10)
+    waiting = [request(f"{i}", n_prompt=20, max_tokens=5) for i in range(3)]
+    for one in (reading, *waiting):
+        engine.add_request(one)
+    with mock.patch.object(engine.runner, fails, side_effect=RuntimeError("broken")), caplog.at_level(logging.ERROR):
+        failed = {output.request_id: output for output in engine.step() if output.error}
+    assert list(failed) == (["decoding"] if fails == "step_" else ["reading", "0"])  # the others have no slot
+    assert engine.num_failures == len(failed)
+    assert all(isinstance(output.error, GenerationError) for output in failed.values())
+    assert "broken" in caplog.text
+    results = run(engine)
+    for one in (reading, *waiting):
+        assert one.request_id in failed or token_ids(results[one.request_id, 0]) == alone(one)
+    again = request("again", n_prompt=25, max_tokens=6)
+    assert token_ids(run(engine, again)["again", 0]) == alone(again)
+    assert engine.num_failures == 0
+
+
+def test_failures_count_until_the_same_goes_well() -> None:
+    """A prompt that is read heals nothing while every step that decodes fails."""
+    engine = LLMEngine(MODEL, WORDS, SMALL)
+    with mock.patch.object(engine.runner, "step_", side_effect=RuntimeError("broken")):
+        for i in range(4):
+            results = run(engine, request(f"{i}"))
+            assert isinstance(results[f"{i}", 0][-1].error, GenerationError)
+            assert engine.num_failures == i + 1
+    run(engine, request("invalid", allowed_token_ids=(5,), banned_token_ids=(5,)))  # its own fault
+    run(engine, request("good"))
+    assert engine.num_failures == 0
+
+
+def test_a_request_of_many_texts_starts_them_as_slots_come_free() -> None:
+    engine = LLMEngine(MODEL, WORDS, SMALL)
+    endless = request("endless", max_tokens=40, ignore_eos=True)
+    wide = request("wide", n_prompt=20, n=4, temperature=1.5, seed=3, max_tokens=9)
+    small = request("small", max_tokens=5)
+    with mock.patch.object(engine.runner, "read", wraps=engine.runner.read) as read:
+        results = run(engine, endless, wide, small)
+    assert read.call_count == 1 + 3 + 1
+    for index in range(4):
+        assert token_ids(results["wide", index]) == alone(wide, index=index)
+    assert token_ids(results["small", 0]) == alone(small)
+
+
+def test_masks_are_made_once_for_all_texts_of_a_request() -> None:
+    one = request(n=4, temperature=1.0, allowed_token_ids=tuple(range(300)), logit_bias={7: 1.0}, max_tokens=3)
+    with mock.patch("model.sampling.adjust.Bias", wraps=Bias) as made:
+        results = run(LLMEngine(MODEL, WORDS, SMALL), one)
+    assert made.call_count == 1
+    assert len(results) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_log_probabilities_of_a_prompt_are_those_of_decoding(variant: Variant, dtype: str) -> None:
+    """To the last bit: of the texts of a batch, and of the same tokens read as one prompt each, together again."""
+    config = EngineConfig(max_num_seqs=8, chunk_size=8, quantize=dtype)
+    engine = LLMEngine(MODELS[variant], WORDS, config)
+    if not engine.runner.is_batch_invariant:
+        pytest.skip("there are no compiled kernels here")
+    asked = [
+        request(f"{i}", n_prompt=3 + i, n=2, temperature=1.0, seed=i, max_tokens=25, logprobs=3, ignore_eos=True)
+        for i in range(3)
+    ]
+    generated = run(engine, *asked)
+    read = {
+        (one.request_id, i): Request(
+            f"{one.request_id} {i}",
+            [*one.prompt_ids, *token_ids(generated[one.request_id, i])],
+            SamplingParams(max_tokens=0, prompt_logprobs=3),
+        )
+        for one in asked
+        for i in range(2)
+    }
+    run(engine, *read.values())
+    for key, prompt in read.items():
+        told = [(known.token_id, known.logprob, known.top_logprobs) for known in prompt.prompt_logprobs[-25:] if known]
+        tokens = [output.token for output in generated[key] if output.token]
+        assert told == [(token.token_id, token.logprob, token.top_logprobs) for token in tokens]
+
+
+@pytest.mark.parametrize("vocab_size", [400, 2**15, 50_277])
+def test_normalizers_do_not_depend_on_the_batch(vocab_size: int) -> None:
+    """With several threads, between which PyTorch divides long sums."""
+    logits = torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(0))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = log_normalizers(logits)
+        assert torch.equal(together, torch.cat([log_normalizers(row[None]) for row in logits]))
+        assert torch.equal(together[:5], log_normalizers(logits[:5]))
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def test_no_stop_string_counts_before_min_tokens() -> None:
+    free = run(LLMEngine(MODEL, WORDS), request(max_tokens=40, ignore_eos=True))["a", 0]
+    texts = [output.token.text for output in free if output.token]
+    stop = (texts[2], texts[20])
+    first = next(i for i in range(10, 40) if any(string in "".join(texts[10 : i + 1]) for string in stop))
+    one = request(max_tokens=40, ignore_eos=True, stop=stop, min_tokens=10)
+    outputs = run(LLMEngine(MODEL, WORDS), one)["a", 0]
+    assert len(token_ids(outputs)) == first + 1
+    assert outputs[-1].finish_reason is FinishReason.STOP_SEQUENCE
+    assert stop[0] in text(outputs)  # where it came too early
 
 
 def poisoned_grammar() -> Request:
     one = request("poisoned", max_tokens=50)
-    one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "[a-z ]*"))
+    one.matcher = GrammarCompiler(WORDS, 60).compile(Grammar("regex", "[a-z ]*"))
     broken = mock.Mock(wraps=one.matcher)
     broken.copy.return_value.is_complete = False
     broken.copy.return_value.adjust.side_effect = [None, RuntimeError("poison")]
@@ -418,7 +511,7 @@ def test_a_request_with_no_token_left_to_choose_fails_alone() -> None:
 
 def test_grammar_constrains_the_text() -> None:
     one = request(max_tokens=100, temperature=3.0)
-    one.matcher = GrammarCompiler(WORDS).compile(Grammar("regex", "(ab|cd){3}"))
+    one.matcher = GrammarCompiler(WORDS, 60).compile(Grammar("regex", "(ab|cd){3}"))
     outputs = run(LLMEngine(MODEL, WORDS), one)["a", 0]
     assert len(text(outputs)) == 6
     assert {text(outputs)[i : i + 2] for i in (0, 2, 4)} <= {"ab", "cd"}
@@ -443,6 +536,6 @@ def test_requests_that_can_never_run_are_refused(one: Request, message: str) -> 
 
 def test_a_request_that_would_run_past_the_positions_is_refused() -> None:
     engine = LLMEngine(random_model(tiny_config("local", max_positions=64)), WORDS)
-    with pytest.raises(InvalidRequestError, match=r"54 tokens and 12 new ones make 66, but at most 64"):
+    with pytest.raises(InvalidRequestError, match=r"64 tokens, but a prompt of 54 tokens and 12 new ones make 66"):
         engine.add_request(request("too long", n_prompt=53, max_tokens=12))
     assert len(run(engine, request("fits", n_prompt=53, max_tokens=10))["fits", 0]) == 10

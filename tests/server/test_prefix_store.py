@@ -14,7 +14,8 @@ import pytest
 
 from model import LanguageModel, Tokenizer
 from server.engine import AsyncEngine, EngineConfig, LLMEngine, PrefixStore, Request, SamplingParams, StoredPrefixes
-from server.errors import StoreUnavailableError
+from server.engine.snapshot import Snapshot
+from server.errors import InvalidConversationError, StoreUnavailableError
 from server.stores import open_prefix_store
 from tests.conftest import random_model, tiny_config
 from tests.redis_server import RedisServer, needs_redis
@@ -69,6 +70,8 @@ class Recorder:
         self.n_dropped = 0
 
     def on_token(self, *_: object) -> None: ...
+
+    def on_step(self, *_: object) -> None: ...
 
     def on_close(self, *_: object) -> None: ...
 
@@ -156,7 +159,33 @@ def test_a_damaged_prefix_is_a_miss_and_a_warning(
         file.execute("UPDATE prefixes SET data = ?", (data,))
     file.close()
     assert generate(open_prefix_store(str(path), 10**6), network, tokenizer, PROMPT)[0] == first
-    assert caplog.records[-1].getMessage() == "A stored prefix is not used: it is another's."
+    assert caplog.records[-1].getMessage() == "A stored prefix is not used: It is what follows other tokens."
+
+
+def test_a_prefix_of_other_tokens_is_a_miss_whatever_its_length(
+    tmp_path: Path, tokenizer: Tokenizer, network: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two that were swapped in the store, each of them whole."""
+    path, other = tmp_path / "store.sqlite", [1, *(PROMPT[:0:-1])]
+    first, _ = generate(open_prefix_store(str(path), 10**6), network, tokenizer, PROMPT[:12], other[:12])
+    with sqlite3.connect(path) as file:
+        (one, two) = file.execute("SELECT key, data FROM prefixes").fetchall()
+        file.executemany("UPDATE prefixes SET data = ? WHERE key = ?", [(two[1], one[0]), (one[1], two[0])])
+    file.close()
+    assert generate(open_prefix_store(str(path), 10**6), network, tokenizer, PROMPT[:12], other[:12])[0] == first
+    assert {record.getMessage() for record in caplog.records} == {
+        "A stored prefix is not used: It is what follows other tokens."
+    }
+
+
+def test_a_prefix_that_says_not_of_what_it_is_was_written_before(network: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Version 0.2 wrote such, which are read by their length."""
+    engine = LLMEngine(network, tokenizer)
+    snapshot = Snapshot(network.init_state(1), None, b"")
+    for key in (b"", b"a"):
+        assert engine.state_files.read(engine.state_files.write(snapshot, key=key), b"a")
+    with pytest.raises(InvalidConversationError, match="It is what follows other tokens"):
+        engine.state_files.read(engine.state_files.write(snapshot, key=b"b"), b"a")
 
 
 class FailingStore:

@@ -8,29 +8,42 @@ from server.engine.request import Request
 from server.engine.scheduler import PRIORITY_SECONDS, Scheduler
 
 
-def request(name: str, n_prompt: int = 4, n: int = 1, priority: int = 0) -> Request:
-    return Request(name, prompt_ids=[0] * n_prompt, params=SamplingParams(n=n), priority=priority)
+def request(name: str, n_prompt: int = 4, n: int = 1, priority: int = 0, owner: str = "") -> Request:
+    return Request(name, prompt_ids=[0] * n_prompt, params=SamplingParams(n=n), priority=priority, owner=owner)
 
 
 def names(requests: object) -> str:
     return "".join(one.request_id for one in requests)  # type: ignore[attr-defined]
 
 
-def test_admission_is_by_priority_then_arrival_and_by_slots() -> None:
+def admitted(scheduler: Scheduler) -> str:
+    """Who gets slots now, and has read the prompt at once."""
+    got = ""
+    while started := list(scheduler.admit()):
+        got += names(started)
+        for one in {one for one in started if one.admitted_at is None}:
+            one.admitted_at = 0.0
+            scheduler.finish_reading(one)
+    return got
+
+
+def test_admission_is_by_priority_then_arrival_and_one_slot_at_a_time() -> None:
     scheduler = Scheduler(n_slots=3, chunk_size=8)
-    for one, now in (
-        (request("a", n=2), 0.0),
-        (request("b", n=2), 1.0),
-        (request("c"), 2.0),
-        (request("d", priority=-1), 3.0),
-    ):
-        scheduler.add(one, now)
-    assert names(scheduler.admit()) == "da"
-    assert names(scheduler.admit()) == ""  # c would fit, but does not overtake b
-    scheduler.free_slots(2)
-    assert names(scheduler.admit()) == "b"
-    scheduler.free_slots(1)
-    assert names(scheduler.admit()) == "c"
+    a, b, c, d = request("a", n=2), request("b", n=2), request("c"), request("d", priority=-1)
+    for now, one in enumerate((a, b, c, d)):
+        scheduler.add(one, float(now))
+    assert scheduler.num_waiting == 4
+    assert names(scheduler.admit()) == "dab"  # a slot to read in for each
+    for one in (d, a, b):
+        scheduler.finish_reading(one)
+    assert names(scheduler.admit()) == ""
+    order = ""
+    for one in (d, a, b):
+        scheduler.free_slot(one)
+        order += names(scheduler.admit())
+    assert order == "abc"
+    assert names(scheduler.requests()) == "c"
+    assert scheduler.num_waiting == 0
 
 
 def test_a_low_priority_waits_no_longer_than_its_worth() -> None:
@@ -40,9 +53,91 @@ def test_a_low_priority_waits_no_longer_than_its_worth() -> None:
     scheduler.add(request("late"), 2 * PRIORITY_SECONDS + 0.1)
     order = []
     for _ in range(3):
-        order += [one.request_id for one in scheduler.admit()]
-        scheduler.free_slots(1)
+        (one,) = scheduler.admit()
+        order.append(one.request_id)
+        scheduler.remove([one])
     assert order == ["early", "low", "late"]
+
+
+def test_priority_has_no_say_among_owners() -> None:
+    scheduler = Scheduler(n_slots=1, chunk_size=8)
+    scheduler.add(request("a", owner="A"), 0.0)
+    scheduler.add(request("b", owner="B", priority=-1000), 1.0)
+    scheduler.add(request("c", owner="B", priority=-1001), 2.0)
+    order = ""
+    for _ in range(3):
+        (one,) = scheduler.admit()
+        order += one.request_id
+        scheduler.remove([one])
+    assert order == "acb"
+
+
+def test_an_owner_leaves_slots_to_those_who_come_later() -> None:
+    scheduler = Scheduler(n_slots=4, chunk_size=8)
+    scheduler.max_slots_per_owner = 3
+    scheduler.add(request("a", n=4, owner="A"), 0.0)
+    assert admitted(scheduler) == "aaa"
+    scheduler.add(request("b", owner="B"), 1.0)
+    assert admitted(scheduler) == "b"
+
+
+def test_a_wide_request_and_an_endless_text_hold_up_nobody() -> None:
+    scheduler = Scheduler(n_slots=4, chunk_size=8)
+    endless, wide, small = request("e"), request("w", n=4), request("s")
+    scheduler.add(endless, 0.0)
+    assert admitted(scheduler) == "e"
+    scheduler.add(wide, 1.0)
+    scheduler.add(small, 2.0)
+    assert admitted(scheduler) == "wsw"  # while the wide one reads its prompt, the small one starts
+    scheduler.free_slot(wide)
+    assert admitted(scheduler) == "w"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ABC"), st.integers(1, 6)), min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.data(),
+)
+def test_no_slot_idles_and_nobody_starves(
+    wanted: list[tuple[str, int]], n_slots: int, most: int, data: st.DataObject
+) -> None:
+    """Whatever ends first, a free slot goes to who uses the fewest, and an owner's requests start in their order."""
+    scheduler = Scheduler(n_slots=n_slots, chunk_size=8)
+    scheduler.max_slots_per_owner = most
+    requests = [request(f"{i}", n=n, owner=owner) for i, (owner, n) in enumerate(wanted)]
+    for now, one in enumerate(requests):
+        scheduler.add(one, float(now))
+    started: list[Request] = []
+    running: list[Request] = []
+    for _ in range(sum(n for _, n in wanted) + 1):
+        for one in scheduler.admit():
+            if one not in started:
+                scheduler.finish_reading(one)
+                assert all(other in started for other in requests[: requests.index(one)] if other.owner == one.owner)
+            started.append(one)
+            running.append(one)
+        used = {owner: sum(one.owner == owner for one in running) for owner in "ABC"}
+        waiting = {one.owner for one in scheduler.requests()}
+        assert max(used.values()) <= most
+        assert len(running) == n_slots or all(used[owner] == most for owner in waiting)
+        if not running:
+            break
+        ended = running.pop(data.draw(st.integers(0, len(running) - 1)))
+        scheduler.free_slot(ended)
+        fewest = min((used[owner] - (owner == ended.owner) for owner in waiting), default=None)
+        if waiting and fewest is not None and fewest < most:
+            (next_one,) = (one for one in [next(iter(scheduler.admit()))])
+            assert used[next_one.owner] - (next_one.owner == ended.owner) == fewest
+            if next_one not in started:
+                scheduler.finish_reading(next_one)
+            started.append(next_one)
+            running.append(next_one)
+    assert sorted(one.request_id for one in started) == sorted(
+        one.request_id for one in requests for _ in range(one.params.n)
+    )
+    assert scheduler.is_empty
+    assert scheduler.n_free_slots == n_slots
 
 
 def test_prompts_take_turns() -> None:
@@ -92,7 +187,7 @@ def test_chunks_end_at_multiples_whatever_the_load(
 
 def test_removing_frees_the_slots_of_those_that_had_some() -> None:
     scheduler = Scheduler(n_slots=2, chunk_size=4)
-    a, b, c = (request(name) for name in "abc")
+    a, b, c = request("a"), request("b", n=2), request("c")
     for one in (a, b, c):
         scheduler.add(one, 0.0)
     list(scheduler.admit())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,20 +19,32 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from safetensors.torch import load, save
 
 from model import LanguageModel, Tokenizer
 from server.api.turns import TurnStream
-from server.engine import AsyncEngine, LLMEngine, RequestOutput, SamplingParams
+from server.engine import AsyncEngine, LLMEngine, RequestOutput, SamplingParams, StoredPrefixes
+from server.engine.snapshot import _checksum, _metadata
 from server.errors import (
     BusySessionError,
     ConfigurationError,
     InvalidConversationError,
     NotFoundError,
     QuotaError,
+    StoreFullError,
     StoreUnavailableError,
 )
 from server.sessions import Sessions, SessionsConfig
-from server.stores import Session, SessionStore, SQLiteSessionStore, open_store, sqlite
+from server.sessions.sessions import STORE_THREADS
+from server.stores import (
+    GRACE_SECONDS,
+    Session,
+    SessionStore,
+    SQLiteSessionStore,
+    open_prefix_store,
+    open_store,
+    sqlite,
+)
 from tests.redis_server import RedisServer, needs_redis
 
 
@@ -70,16 +85,16 @@ def test_owners_do_not_see_each_other_and_have_quotas(store: SessionStore) -> No
     assert store.load("a", "y", NOW) is None
     assert not store.delete("a", "y")
     assert not store.commit(session("a", 1, owner="y"), b"")
-    assert {found.session_id for found in store.list("x", NOW)} == {"a", "b"}
+    assert {found.session_id for found in store.list("x", NOW, 9)} == {"a", "b"}
 
 
 def test_several_are_created_all_or_none(store: SessionStore) -> None:
     assert store.create([session("a")], b"", 5)
     assert store.create([session(name, owner="y") for name in "xyz"], b"", 5)
     assert not store.create([session(name) for name in "bcdef"], b"one", 5)
-    assert [found.session_id for found in store.list("", NOW)] == ["a"]
+    assert [found.session_id for found in store.list("", NOW, 9)] == ["a"]
     assert store.create([session(name, turn=1) for name in "bcde"], b"one", 5)
-    assert {found.session_id for found in store.list("", NOW)} == set("abcde")
+    assert {found.session_id for found in store.list("", NOW, 9)} == set("abcde")
     for name in "bcde":
         assert store.load(name, "", NOW) == (session(name, 1), b"one")
     assert not store.create([session("f")], b"", 5)
@@ -89,11 +104,43 @@ def test_sessions_end_with_their_time(store: SessionStore) -> None:
     assert store.create([session("a", expires_in=10)], b"", 2)
     assert store.create([session("b", expires_in=20)], b"", 2)
     assert store.load("a", "", NOW + 10) is None
-    assert [found.session_id for found in store.list("", NOW + 15)] == ["b"]
+    assert [found.session_id for found in store.list("", NOW + 15, 9)] == ["b"]
     store.remove_expired(NOW + 15)
     assert store.load("b", "", NOW + 15) is not None
     assert store.create([replace(session("c"), created_at=NOW + 15)], b"", 2)
     assert not store.create([replace(session("d"), created_at=NOW + 15)], b"", 2)
+
+
+def test_what_has_ended_makes_room_for_its_owner_only_where_it_must(store: SessionStore) -> None:
+    """What ended first goes first: the clock may have been wrong, and what is not in the way comes back with it."""
+    for i, name in enumerate("abc"):
+        assert store.create([session(name, expires_in=10 + i)], b"", 4)
+    assert store.create([session("z", owner="y", expires_in=5)], b"", 4)
+    later = NOW + 50
+
+    def kept() -> set[str]:
+        return {found.session_id for found in store.list("", NOW, 9)}
+
+    assert store.create([replace(session("d"), created_at=later)], b"", 4)
+    assert kept() == set("abcd")
+    assert store.create([replace(session(name), created_at=later) for name in "ef"], b"", 4)
+    assert kept() == set("cdef")
+    assert not store.create([replace(session(name), created_at=later) for name in "gh"], b"", 4)
+    assert kept() >= set("def")
+    assert store.load("z", "y", NOW)
+
+
+def test_a_list_is_read_page_by_page(store: SessionStore) -> None:
+    """Those that end last first; of those that end together, some order that stays."""
+    for i in range(7):
+        assert store.create([session(f"{i}", expires_in=100 - i // 2)], b"", 9)
+    assert store.create([session("another's", owner="y")], b"", 9)
+    pages, after = [], None
+    while page := [found.session_id for found in store.list("", NOW, 2, after)]:
+        pages.append(page)
+        after = page[-1]
+    assert [sorted(page) for page in pages] == [["0", "1"], ["2", "3"], ["4", "5"], ["6"]]
+    assert [found.session_id for found in store.list("", NOW, 9)] == [name for page in pages for name in page]
 
 
 def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
@@ -108,7 +155,7 @@ def test_what_has_ended_takes_no_room_in_sqlite(tmp_path: Path) -> None:
 def test_what_has_ended_takes_no_room_in_redis(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server, Redis.from_url(server.url) as client:
         store = open_store(server.url)
-        store.create([replace(session("a"), expires_at=time.time() + 0.2)], b"", 9)
+        store.create([replace(session("a"), expires_at=time.time() + 0.2 - GRACE_SECONDS)], b"", 9)
         deadline = time.monotonic() + 60
         while client.keys():
             assert time.monotonic() < deadline
@@ -164,6 +211,85 @@ def test_a_locked_file_fails_one_request(tmp_path: Path, monkeypatch: pytest.Mon
     store.close()
 
 
+def fill(store: SessionStore) -> list[str]:
+    """Add sessions until there is no room; their names."""
+    names: list[str] = []
+    for i in range(200):
+        try:
+            store.create([session(f"{i}")], bytes(190_000), 10**6)
+        except StoreFullError:
+            return names
+        names.append(f"{i}")
+    raise AssertionError("There was always room.")
+
+
+def test_memory_is_bounded_and_what_is_deleted_or_has_ended_makes_room() -> None:
+    store = SQLiteSessionStore(":memory:", 2**21)
+    names = fill(store)
+    assert 9 <= len(names) <= 11
+    assert store.delete(names[0], "")
+    assert store.create([replace(session("a"), expires_at=NOW + 1)], bytes(190_000), 10**6)
+    later = replace(session("b", owner="y"), created_at=NOW + 2)
+    assert store.create([later], bytes(190_000), 10**6)
+    assert store.load("a", "", NOW) is None
+    with pytest.raises(StoreFullError):
+        store.commit(session(names[1], 1), bytes(10**6))
+    assert store.load(names[1], "", NOW) == (session(names[1]), bytes(190_000))
+    store.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MiB."""
+    mount = shutil.which("mount")
+    command = [str(mount), "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path)]
+    if mount is None or subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("needs the right to mount")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_on_a_full_disk_sessions_can_be_deleted_and_make_room(small_disk: Path) -> None:
+    path = small_disk / "sessions.sqlite"
+    store = SQLiteSessionStore(path)
+    for _ in range(2):  # a server that starts on a full disk is no worse off
+        names = fill(store)
+        with pytest.raises(OSError, match="No space left"):
+            (small_disk / "another's").write_bytes(bytes(2**20))
+        assert all(store.delete(name, "") for name in names[:9])
+        for name in names[:8]:
+            assert store.create([session(f"new {name}")], bytes(190_000), 10**6)
+        assert store.load(names[9], "", NOW) == (session(names[9]), bytes(190_000))
+        for found in store.list("", NOW, 10**6):
+            assert store.delete(found.session_id, "")
+        store.close()
+        store = SQLiteSessionStore(path)
+    store.close()
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it opens, and has all that would be made there."""
+    path = tmp_path / "sessions.sqlite"
+    SQLiteSessionStore(path).close()
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda path, **options: connect(f"file:{path}?mode=ro", uri=True, **options)
+    )
+    with pytest.raises(ConfigurationError, match="cannot be opened: attempt to write a readonly database"):
+        SQLiteSessionStore(path)
+
+
+@needs_redis
+def test_a_full_redis_says_so_and_sessions_can_be_deleted(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server, Redis.from_url(server.url) as client:
+        store = open_store(server.url)
+        client.config_set("maxmemory", 8 * 2**20)
+        names = fill(store)
+        assert all(store.delete(name, "") for name in names[:5])
+        assert store.create([session("new")], bytes(190_000), 10**6)
+        store.close()
+
+
 def damage(path: Path) -> None:
     """All of an SQLite file but its first page, so that it opens as before."""
     content = bytearray(path.read_bytes())
@@ -181,7 +307,7 @@ def test_a_damaged_file_fails_one_request_after_another(tmp_path: Path) -> None:
     store = SQLiteSessionStore(path)
     works: list[Callable[[], object]] = [
         lambda: store.load("a", "", NOW),
-        lambda: store.list("", NOW),
+        lambda: store.list("", NOW, 9),
         lambda: store.commit(session("a", 1), b"one"),
         lambda: store.create([session("b")], b"", 9),
         lambda: store.delete("a", ""),
@@ -360,7 +486,7 @@ def test_forks_exports_and_imports(store: SessionStore, tokenizer: Tokenizer, ne
         assert texts[0] == texts[1] == texts[2]
         with pytest.raises(InvalidConversationError):
             await sessions.import_(data[:-1], "me")
-        assert len(await sessions.list("me")) == 3
+        assert len((await sessions.list("me", 9))[0]) == 3
         await sessions.delete(fork, "me")
         with pytest.raises(NotFoundError):
             await sessions.delete(fork, "me")
@@ -380,10 +506,149 @@ def test_quotas_and_expiry(store: SessionStore, tokenizer: Tokenizer, network: L
         now[0] += 50
         await take_turn(sessions, engine, first, [1, 5])  # which renews it
         now[0] += 60
-        assert [found.session_id for found in await sessions.list("me")] == [first]
+        assert [found.session_id for found in (await sessions.list("me", 9))[0]] == [first]
         await sessions.create("me")
         with pytest.raises(QuotaError, match="2 more would make more than the 2 sessions"):
             await sessions.fork(first, "me", 2)
-        assert len(await sessions.list("me")) == 2
+        assert len((await sessions.list("me", 9))[0]) == 2
 
     in_sessions(store, network, tokenizer, main, clock=lambda: now[0], session_ttl=100, max_sessions=2)
+
+
+def test_a_clock_that_jumps_deletes_nothing(store: SessionStore, tokenizer: Tokenizer, network: LanguageModel) -> None:
+    now = [time.time()]
+
+    async def main(sessions: Sessions, engine: AsyncEngine) -> None:
+        name = (await sessions.create("me")).session_id
+        await take_turn(sessions, engine, name, [1, 5])
+        now[0] += 2 * 86_400
+        with pytest.raises(NotFoundError):
+            await sessions.get(name, "me")
+        await sessions.create("me")
+        assert len((await sessions.list("me", 9))[0]) == 1
+        now[0] -= 2 * 86_400
+        assert (await sessions.get(name, "me")).turn == 1
+        await take_turn(sessions, engine, name, [6])
+        assert len((await sessions.list("me", 9))[0]) == 2
+
+    in_sessions(store, network, tokenizer, main, clock=lambda: now[0], session_ttl=86_400)
+
+
+def test_what_has_long_ended_is_deleted(tokenizer: Tokenizer, network: LanguageModel) -> None:
+    now, store = [time.time()], SQLiteSessionStore(":memory:")
+
+    async def main(sessions: Sessions, engine: AsyncEngine) -> None:
+        name = (await sessions.create("me")).session_id
+        now[0] += 101 + GRACE_SECONDS
+        await sessions.create("another")
+        now[0] -= 101 + GRACE_SECONDS
+        with pytest.raises(NotFoundError):
+            await sessions.get(name, "me")
+
+    in_sessions(store, network, tokenizer, main, clock=lambda: now[0], session_ttl=100)
+
+
+def test_quotas_are_in_bytes_too(tokenizer: Tokenizer, network: LanguageModel) -> None:
+    """A session without turns counts as it will after its first one: no quota is passed by turns."""
+    files = LLMEngine(network, tokenizer).state_files
+    store = SQLiteSessionStore(":memory:")
+
+    async def main(sessions: Sessions, engine: AsyncEngine) -> None:
+        names = [(await sessions.create("me")).session_id for _ in range(3)]
+        for refused in (sessions.create("me"), sessions.fork(names[0], "me")):
+            with pytest.raises(QuotaError):
+                await refused
+        for name in names:
+            await take_turn(sessions, engine, name, [1, 5])
+            assert len(await sessions.export(name, "me")) <= files.max_bytes
+        with pytest.raises(QuotaError):
+            await sessions.import_(await sessions.export(names[0], "me"), "me")
+        await sessions.create("another")
+
+    in_sessions(store, network, tokenizer, main, session_quota=4 * files.max_bytes - 1)
+    with pytest.raises(ConfigurationError, match="session_quota must be at least 1 MiB, for the"):
+        Sessions(store, files, SessionsConfig(session_quota=files.max_bytes - 1))
+
+
+def test_what_is_stored_of_an_import_is_no_more_than_a_session(tokenizer: Tokenizer, network: LanguageModel) -> None:
+    store = SQLiteSessionStore(":memory:")
+
+    async def main(sessions: Sessions, engine: AsyncEngine) -> None:
+        name = (await sessions.create("me")).session_id
+        await take_turn(sessions, engine, name, [1, 5])
+        data = await sessions.export(name, "me")
+        tensors, metadata = load(data), {**_metadata(data), "more": "x" * 10**6}
+        del metadata["checksum"]
+        larger = save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
+        copy = (await sessions.import_(larger, "me")).session_id
+        assert len(await sessions.export(copy, "me")) == len(data)
+
+    in_sessions(store, network, tokenizer, main)
+
+
+class HangingStore(SQLiteSessionStore):
+    """Answers when it is released."""
+
+    def __init__(self) -> None:
+        super().__init__(":memory:")
+        self.is_released, self.n_asked = threading.Event(), 0
+
+    def load(self, session_id: str, owner: str, now: float) -> tuple[Session, bytes] | None:
+        self.n_asked += 1
+        self.is_released.wait()
+        return super().load(session_id, owner, now)
+
+
+def test_a_store_that_hangs_holds_up_none_without_a_session(
+    tokenizer: Tokenizer, network: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who tokenises does not wait for it, and those who wait for its threads do not wait without end."""
+    store = HangingStore()
+
+    async def main(sessions: Sessions, engine: AsyncEngine) -> None:
+        turns = [asyncio.create_task(sessions.begin_turn("0" * 32, f"{i}")) for i in range(STORE_THREADS + 50)]
+        while store.n_asked < STORE_THREADS:
+            await asyncio.sleep(0.01)
+        try:
+            await engine.encode("Once upon a time " * 1000)
+            assert not any(turn.done() for turn in turns)
+            monkeypatch.setattr("server.sessions.sessions.PATIENCE_SECONDS", 0.0)
+        finally:
+            store.is_released.set()
+        answers = await asyncio.gather(*turns, return_exceptions=True)
+        assert Counter(map(type, answers)) == {NotFoundError: STORE_THREADS, StoreUnavailableError: 50}
+
+    in_sessions(store, network, tokenizer, main)
+
+
+@needs_redis
+def test_a_redis_that_hangs_holds_up_none_without_a_session(
+    tmp_path: Path, tokenizer: Tokenizer, network: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.stores.redis.TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr("server.stores.redis.PREFIX_TIMEOUT_SECONDS", 0.2)
+    with RedisServer(tmp_path) as server:
+        store, prefixes = open_store(server.url), open_prefix_store(server.url, 10**6)
+        engine = LLMEngine(network, tokenizer)
+        stored = StoredPrefixes(prefixes, engine.prefix_cache, engine.state_files, engine.config)
+
+        async def main() -> None:
+            sessions, front = Sessions(store, engine.state_files), AsyncEngine(engine, stored=stored)
+            stored.start()
+            front.start()
+            server.pause()
+            turns = [asyncio.create_task(sessions.begin_turn("0" * 32, f"{i}")) for i in range(12)]
+            for _ in range(2):
+                stream = await front.submit("Once upon a time " * 1000, SamplingParams(max_tokens=1))
+                assert await stream.read()
+                stream.close()
+            assert not any(turn.done() for turn in turns)
+            server.resume()
+            assert all(
+                isinstance(error, NotFoundError) for error in await asyncio.gather(*turns, return_exceptions=True)
+            )
+            await asyncio.to_thread(front.stop)
+            stored.close()
+            sessions.close()
+
+        asyncio.run(main())

@@ -95,6 +95,35 @@ def test_a_fork_goes_its_own_way(client: TestClient, session: str) -> None:
     assert client.get(f"/sessions/{forks[0]['session_id']}").json()["turns"] == 2
 
 
+def test_sessions_are_listed_page_by_page(network: LanguageModel, tokenizer: Tokenizer) -> None:
+    with TestClient(create_app(LLMEngine(network, tokenizer))) as client:
+        name = new(client)
+        turn(client, name, "The fox")
+        client.post(f"/sessions/{name}/fork", json={"n": 6})
+        turn(client, name, " and")
+        pages: list[dict[str, Any]] = []
+        after = ""
+        while not pages or pages[-1]["has_more"]:
+            pages.append(client.get(f"/sessions?limit=3{after}").json())
+            after = f"&after={pages[-1]['sessions'][-1]['session_id']}"
+        assert [len(page["sessions"]) for page in pages] == [3, 3, 1]
+        assert pages[0]["sessions"][0]["session_id"] == name
+        assert client.get("/sessions").json() == {
+            "sessions": [found for page in pages for found in page["sessions"]],
+            "has_more": False,
+        }
+        assert client.get("/sessions?limit=7").json()["has_more"] is False
+        for refused, status, sentence in (
+            ("limit=0", 422, "limit: Input should be greater than or equal to 1, not"),
+            ("limit=1001", 422, "limit: Input should be less than or equal to 1000, not"),
+            ("after=x", 422, "after: must be the id of a session"),
+            (f"after={'0' * 32}", 404, "There is no session"),
+        ):
+            answer = client.get(f"/sessions?{refused}")
+            assert answer.status_code == status
+            assert answer.json()["error"].startswith(sentence)
+
+
 def test_forks_over_the_quota_leave_nothing(network: LanguageModel, tokenizer: Tokenizer) -> None:
     app = create_app(LLMEngine(network, tokenizer), sessions_config=SessionsConfig(max_sessions=5))
     with TestClient(app) as client:
@@ -155,7 +184,13 @@ def test_refusals(client: TestClient, session: str) -> None:
     empty = client.post("/generate", json={**body, "inputs": "", "session_id": new(client)})
     assert empty.status_code == 200  # after the token that starts every text
     assert client.get(f"/sessions/{session}/export").status_code == 404
-    assert client.get("/sessions/nonsense").status_code == 422
+    sentence = "session_id: must be the id of a session, 32 digits from 0 to 9 and a to f."
+    for refused in (
+        client.get("/sessions/nonsense"),
+        client.get(f"/sessions/{session}%0a"),
+        client.post("/generate", json={**body, "session_id": "nonsense"}),
+    ):
+        assert (refused.status_code, refused.json()["error"]) == (422, sentence)
     assert client.delete(f"/sessions/{session}").status_code == 204
     assert client.delete(f"/sessions/{session}").status_code == 404
 

@@ -38,7 +38,8 @@ def generate(folder: Path, *options: str) -> Any:
 def batch(folder: Path, *options: str) -> Any:
     (folder / "in.jsonl").write_text("")
     files = (str(folder / "in.jsonl"), str(folder / "out.jsonl"))
-    return app(["batch", *files, "--model", str(folder), *options], standalone_mode=False)
+    with mock.patch("server.assemble.configure_logging"), mock.patch("sys.setswitchinterval"):
+        return app(["batch", *files, "--model", str(folder), *options], standalone_mode=False)
 
 
 def serve(folder: Path, *options: str) -> Any:
@@ -61,12 +62,12 @@ def test_no_thread_is_too_few(start: Callable[..., Any], tmp_path: Path) -> None
         start(tmp_path, "--threads", "0")
 
 
-@pytest.mark.parametrize("start", [generate, batch])
-def test_commands_without_a_server_quantise_too(start: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("start", "load"), [(generate, "generate.load_llm"), (batch, "batch.assemble")])
+def test_commands_without_a_server_quantise_too(start: Callable[..., Any], load: str, tmp_path: Path) -> None:
     configs = []
     for options in ([], ["--quantize", "int8"]):
-        with mock.patch("server.assemble.LLM", side_effect=CheckpointError("enough")) as llm:
+        with mock.patch(f"server.commands.{load}", side_effect=CheckpointError("enough")) as loaded:
             with pytest.raises(CheckpointError, match="enough"):
                 start(tmp_path, *options)
-            configs.append(llm.call_args.args[1].quantize)
+            configs.append(loaded.call_args.args[0].engine.quantize)
     assert configs == [None, "int8"]

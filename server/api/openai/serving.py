@@ -17,16 +17,24 @@ from fastapi import Request
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
 from server.api.context import Context
+from server.api.grammars import ANY_OBJECT, named_schema
 from server.api.openai.errors import DONE
-from server.api.openai.protocol import GenerationRequest, JSONObjectFormat, JSONSchemaFormat
+from server.api.openai.protocol import (
+    GenerationRequest,
+    JSONObjectFormat,
+    JSONSchema,
+    JSONSchemaFormat,
+    RegexFormat,
+    StructuredOutputs,
+)
 from server.api.record import record_of
 from server.api.streaming import sse
 from server.api.submission import Prompt, Submission, admit, open_streams
 from server.api.turns import TextStream
 from server.engine import Admission
+from server.errors import PromptTooLongError
 
 SAMPLING_FIELDS = tuple(given.name for given in dataclasses.fields(SamplingParams))
-ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 
 
 @dataclass
@@ -112,8 +120,13 @@ async def open_call(
         truncate=body.truncate_prompt_tokens,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        streams=bool(body.stream),
     )
-    streams = await open_streams(http_request, context, admission, submission)
+    try:
+        streams = await open_streams(http_request, context, admission, submission)
+    except PromptTooLongError as error:
+        error.field = body.prompt_field
+        raise
     return Call(body, context, streams, f"{prefix}-{record_of(http_request).request_id}")
 
 
@@ -137,18 +150,35 @@ def sampling_params(body: GenerationRequest, **others: Any) -> SamplingParams:
 
 
 def _grammar(body: GenerationRequest) -> Grammar | None:
-    outputs, response_format = body.structured_outputs, body.response_format
-    if outputs is not None:
-        if outputs.regex is not None:
-            return Grammar("regex", outputs.regex)
-        if outputs.choice is not None:
-            return Grammar("regex", "|".join(re.escape(text) for text in outputs.choice))
-        if outputs.json_ is not None:
-            return Grammar.json_schema(outputs.json_)
-        return ANY_OBJECT
-    if isinstance(response_format, JSONSchemaFormat):
-        return Grammar.json_schema(response_format.json_schema.schema_ or {})
-    return ANY_OBJECT if isinstance(response_format, JSONObjectFormat) else None
+    if body.regex is not None:
+        return Grammar("regex", body.regex, "regex")
+    if body.ebnf is not None:
+        return Grammar("grammar", body.ebnf, "ebnf")
+    if body.structured_outputs is not None:
+        return _structured(body.structured_outputs)
+    match body.response_format:
+        case JSONSchemaFormat(json_schema=JSONSchema(schema_=schema)):
+            return Grammar.json_schema(schema, "response_format.json_schema.schema")
+        case JSONSchemaFormat(value=value) | JSONObjectFormat(value=value) if value is not None:
+            return named_schema(value, "response_format.value")
+        case JSONSchemaFormat(schema_=schema) | JSONObjectFormat(schema_=schema) if schema is not None:
+            return Grammar.json_schema(schema, "response_format.schema")
+        case JSONObjectFormat():
+            return ANY_OBJECT
+        case RegexFormat(value=value):
+            return Grammar("regex", value, "response_format.value")
+        case _:
+            return None
+
+
+def _structured(outputs: StructuredOutputs) -> Grammar:
+    if outputs.regex is not None:
+        return Grammar("regex", outputs.regex, "structured_outputs.regex")
+    if outputs.choice is not None:
+        return Grammar("regex", "|".join(re.escape(text) for text in outputs.choice), "structured_outputs.choice")
+    if outputs.grammar is not None:
+        return Grammar("grammar", outputs.grammar, "structured_outputs.grammar")
+    return ANY_OBJECT if outputs.json_ is None else Grammar.json_schema(outputs.json_, "structured_outputs.json")
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:

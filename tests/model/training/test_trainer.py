@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from model import Tokenizer
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, TrainingError
 from model.training.config import TrainingConfig
 from model.training.data import PackedBatches, Source, encode_documents
-from model.training.trainer import STATE_FILE, Record, Trainer, parameter_groups
+from model.training.trainer import STATE_FILE, Record, Trainer, parameter_groups, stored_step
 from tests.conftest import STORIES, new_model, tiny_config
 
 CONFIG = TrainingConfig(
@@ -58,6 +58,45 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer: Tokenizer, tmp_pat
     assert resumed.history == whole.history
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_a_run_that_is_asked_to_stop_ends_after_a_step_and_loses_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole, stopped = trainer(tokenizer, tmp_path / "whole"), trainer(tokenizer, tmp_path / "parts")
+    whole.run()
+    saved: list[int] = []
+    stopped.run(on_save=lambda: saved.append(stopped.step), should_stop=lambda: stopped.step == 7)
+    assert saved == [5, 7]
+    assert stored_step(tmp_path / "parts") == 7
+    resumed = trainer(tokenizer, tmp_path / "parts")
+    resumed.resume()
+    resumed.run(on_save=lambda: saved.append(resumed.step))
+    assert saved == [5, 7, 10, 12]
+    assert resumed.history == whole.history
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_slow_steps_are_saved_more_often(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.training.trainer.SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    saved: list[int] = []
+    run = trainer(tokenizer, tmp_path, dataclasses.replace(CONFIG, steps=3))
+    run.run(on_save=lambda: saved.append(run.step))
+    assert saved == [1, 2, 3]
+
+
+def test_a_run_that_diverges_ends_and_keeps_what_was_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    run = trainer(
+        tokenizer, tmp_path, dataclasses.replace(CONFIG, learning_rate=1e3, warmup_steps=0, checkpoint_every=1)
+    )
+    with pytest.raises(TrainingError, match=r"^The loss of step \d+ is (nan|inf): a lower learning_rate"):
+        run.run()
+    assert stored_step(tmp_path) == run.step
+
+
+def test_no_state_is_no_step(tmp_path: Path) -> None:
+    assert stored_step(tmp_path) is None
+    (tmp_path / STATE_FILE).write_bytes(b"garbage")
+    assert stored_step(tmp_path) is None
 
 
 def test_a_run_of_a_version_with_more_fields_can_go_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -142,8 +181,13 @@ def test_only_matrices_decay() -> None:
     ("field", "value"),
     [
         ("steps", 0),
+        ("steps", 2**31),
+        ("context", 10**400),
+        ("warmup_steps", 10**400),
         ("batch_size", -1),
         ("learning_rate", 0.0),
+        ("learning_rate", 1e38),
+        ("final_learning_rate", 1e38),
         ("warmup_steps", -1),
         ("weight_decay", math.nan),
         ("seed", -1),
