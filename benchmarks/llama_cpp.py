@@ -29,6 +29,8 @@ OPTIONS = {
     "LLAMA_BUILD_TESTS": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
 }
+PROGRAMS = ("llama-batched-bench", "llama-quantize", "llama-server")
+PRECISIONS = ("F32", "Q8_0", "Q4_K_M")  # of the weights; keys and values are of 16 bits in all
 
 
 class UnavailableError(Exception):
@@ -51,7 +53,7 @@ SHAPES = {"110M": LlamaShape(768, 12, 2048, 32_000), "6M": LlamaShape(256, 6, 70
 def build() -> Path:
     """The folder of the programs, built if they are not there. Raises UnavailableError."""
     programs = BUILD / "bin"
-    if (programs / "llama-batched-bench").exists():
+    if all((programs / program).exists() for program in PROGRAMS):
         return programs
     if not (shutil.which("cmake") and shutil.which("c++")):
         raise UnavailableError("llama.cpp needs cmake and a C++ compiler to be built.")
@@ -66,8 +68,7 @@ def build() -> Path:
         source = BUILD.parent / "llama.cpp"
         options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
         subprocess.run(["cmake", "-S", source, "-B", BUILD, *options], check=True)
-        targets = ["llama-batched-bench", "llama-server"]
-        subprocess.run(["cmake", "--build", BUILD, "-j", f"{os.cpu_count()}", "--target", *targets], check=True)
+        subprocess.run(["cmake", "--build", BUILD, "-j", f"{os.cpu_count()}", "--target", *PROGRAMS], check=True)
     except (subprocess.CalledProcessError, OSError, tarfile.TarError) as error:
         raise UnavailableError(f"llama.cpp could not be built: {error}.") from error
     return programs
@@ -121,11 +122,21 @@ def write_model(shape: LlamaShape, path: Path, max_positions: int) -> None:
     writer.close()
 
 
-def model_file(name: str) -> Path:
-    """The model of a shape, written if it is not there. Raises UnavailableError."""
-    path = CACHE / f"{name}-with-tokens.gguf"
+def model_file(name: str, precision: str) -> Path:
+    """The model of a shape in one of PRECISIONS, written if it is not there. Raises UnavailableError.
+
+    Where rows are no multiple of 256, as in the feed-forward layers of 6M, Q4_K_M has other formats of 4 to 8 bits.
+    """
+    plain = CACHE / f"{name}-with-tokens.gguf"
+    if not plain.exists():
+        write_model(SHAPES[name], plain, 16_384)
+    path = CACHE / f"{name}-{precision}.gguf"
+    if precision == "F32":
+        return plain
     if not path.exists():
-        write_model(SHAPES[name], path, 16_384)
+        made = path.with_suffix(".part")
+        subprocess.run([build() / "llama-quantize", plain, made, precision], check=True, stdout=subprocess.DEVNULL)
+        made.rename(path)
     return path
 
 

@@ -3,17 +3,20 @@
     python -m benchmarks.peers measure --out performance.json
     python -m benchmarks.peers report performance.json
 
-Random weights of one size for all, float32, the same threads. Decoding is the median of single steps of a full batch,
-after every sequence has read its context. Peers that cannot be had are left out with a line that says why.
+Random weights of one size for all, the same threads. This engine runs in float32 and in int8, llama.cpp in F32, Q8_0
+and Q4_K_M, transformers in float32; each is divided by the peer of its own precision. Decoding is the median of single
+steps of a full batch, after every sequence has read its context. Peers that cannot be had are left out with a line that
+says why.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +52,7 @@ def measure(
     threads: Annotated[int | None, typer.Option(help="Of everything; all cores if left out.")] = None,
     peers: Annotated[bool, typer.Option(help="Measure the peers, too.")] = True,
 ) -> None:
-    """Everything, which takes some 20 minutes."""
+    """Everything, which takes some hour."""
     if threads:
         torch.set_num_threads(threads)
     found: Result = {"threads": torch.get_num_threads(), "floors": floors(), "results": [], "servers": []}
@@ -115,7 +118,7 @@ def ours(name: str, quantize: str | None) -> Iterator[Result]:
                 seconds[context].append(median(lambda: runner.step_(tokens), STEPS // ROUNDS))  # noqa: B023
         for context, (state, prefill) in reached.items():
             yield {
-                "engine": "this engine" if quantize is None else f"this engine, {quantize}",
+                "engine": f"this engine, {quantize or 'float32'}",
                 "context": context,
                 "batch": batch_size,
                 "decode": batch_size / statistics.median(seconds[context]),
@@ -172,12 +175,14 @@ def read_up_to(model: LanguageModel, runner: Runner, contexts: Sequence[int]) ->
 def of_llama_cpp(name: str) -> Iterator[Result]:
     if name not in llama_cpp.SHAPES:
         raise llama_cpp.UnavailableError("llama.cpp runs no RWKV-4.")
-    path, shape = llama_cpp.model_file(name), llama_cpp.SHAPES[name]
-    for context, batch_sizes in ((128, BATCH_SIZES), (1024, (1, 8, 32)), (8192, (1, 8))):
+    shape = llama_cpp.SHAPES[name]
+    cases = ((128, BATCH_SIZES), (1024, (1, 8, 32)), (8192, (1, 8)))
+    for precision, (context, batch_sizes) in itertools.product(llama_cpp.PRECISIONS, cases):
+        path = llama_cpp.model_file(name, precision)
         found = llama_cpp.measure(path, context, batch_sizes, STEPS, torch.get_num_threads())
         for batch_size, speed in found.items():
             yield {
-                "engine": "llama.cpp",
+                "engine": f"llama.cpp, {precision}",
                 "context": context,
                 "batch": batch_size,
                 "decode": speed.decode,
@@ -230,20 +235,24 @@ def of_servers(name: str, peers: bool) -> Iterator[Result]:
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = servers.write_checkpoint(SHAPES[name], Path(folder))
-        with servers.serving([*servers.AFT, "--model", checkpoint, "--threads", f"{threads}"]) as server:
-            yield {"engine": "this server", **servers.measure(server, CONTEXTS, SERVER_CLIENTS)}
+        for precision in ("float32", "int8"):
+            command = [*servers.AFT, "--model", checkpoint, "--threads", f"{threads}", "--quantize", precision]
+            with servers.serving(command) as server:
+                found = servers.measure(server, CONTEXTS, SERVER_CLIENTS)
+                yield {"engine": f"this server, {precision}", **found}
     if not peers or name not in llama_cpp.SHAPES:
         return
-    try:
-        program = llama_cpp.build() / "llama-server"
-        options = {"-m": llama_cpp.model_file(name), "-t": threads, "-tb": threads, "-c": 16_384, "-np": 32}
-    except llama_cpp.UnavailableError as error:
-        print(error)
-        return
-    arguments = [f"{part}" for option in options.items() for part in option]
-    with servers.serving([program, "--kv-unified", *arguments], ready="/health") as server:
-        found = servers.measure(server, CONTEXTS, SERVER_CLIENTS, cache_prompt=False)
-        yield {"engine": "llama-server", **found}
+    for precision in llama_cpp.PRECISIONS:
+        try:
+            program, model = llama_cpp.build() / "llama-server", llama_cpp.model_file(name, precision)
+        except llama_cpp.UnavailableError as error:
+            print(error)
+            return
+        given = {"-m": model, "-t": threads, "-tb": threads, "-c": 16_384, "-np": 32}
+        arguments = [f"{part}" for option in given.items() for part in option]
+        with servers.serving([program, "--kv-unified", *arguments], ready="/health") as server:
+            found = servers.measure(server, CONTEXTS, SERVER_CLIENTS, cache_prompt=False)
+            yield {"engine": f"llama-server, {precision}", **found}
 
 
 @app.command()
@@ -251,89 +260,192 @@ def report(
     found: Annotated[Path, typer.Argument(help="What `measure` wrote.")],
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, too.")] = None,
 ) -> None:
-    """Tables in Markdown, and a picture of decoding speed against context."""
+    """Tables in Markdown, what each says before it, and a picture of decoding speed against context."""
     data = json.loads(found.read_text())
     for name in SHAPES:
         rows = [result for result in data["results"] if result["shape"] == name]
         if rows:
-            print(f"\n{name}, decoding: tokens/s of all sequences, and as a ratio to the peer that has 1.00\n")
-            print(table(rows, "decode"))
+            print(f"\n**{name}**: decoding: tokens/s of all sequences, and as a ratio to the peer of that precision")
+            print(f"\n{conclusion(rows, 'decode')}\n\n{table(rows, 'decode')}")
             print(
-                f"\n{name}, reading a prompt: tokens/s; of this engine between the context above and this one, "
-                "of the others over all of it\n"
+                f"\n**{name}**: reading a prompt: tokens/s; of this engine between the context above and this one, "
+                "of the others over all of it"
             )
-            print(table([row for row in rows if row["batch"] == 1], "prefill"))
-            print(f"\n{name}, of the floors\n")
-            print(floor_table([row for row in rows if "weight_bytes" in row], data["floors"]))
+            alone = [row for row in rows if row["batch"] == 1]
+            print(f"\n{conclusion(alone, 'prefill')}\n\n{table(alone, 'prefill')}")
+            own = [row for row in rows if "weight_bytes" in row]
+            print(f"\n**{name}**: of the floors\n\n{floor_conclusion(own, data['floors'])}\n")
+            print(floor_table(own, data["floors"]))
         if served := [result for result in data["servers"] if result["shape"] == name]:
-            print(f"\n{name}, over HTTP\n")
-            print(server_table(served))
+            print(f"\n**{name}**: over HTTP, and as a ratio to the peer of that precision")
+            print(f"\n{server_conclusion(served)}\n\n{server_table(served)}")
     if plot:
         draw(data["results"], plot)
 
 
+def peer_of(engine: str, engines: Collection[str]) -> str | None:
+    """Which of the engines it is divided by: one whose weights have as many bits."""
+    kind, _, precision = engine.partition(", ")
+    theirs = "llama-server" if kind.endswith("server") else "llama.cpp"
+    if precision in ("int8", "Q8_0", "Q4_K_M"):
+        wanted = [f"{theirs}, Q8_0"]
+    else:  # transformers' name a model, which is in float32
+        wanted = [f"{theirs}, F32", "transformers, RWKV-4"]
+    return next((peer for peer in wanted if peer in engines), None)
+
+
+Speeds = dict[tuple[str, int, int], float]
+
+
+def speeds_of(rows: list[Result], figure: str) -> tuple[list[str], Speeds]:
+    """The engines, and the figure by engine, context and batch."""
+    found = {(row["engine"], row["context"], row["batch"]): row[figure] for row in rows}
+    return list(dict.fromkeys(row["engine"] for row in rows)), found
+
+
+def conclusion(rows: list[Result], figure: str) -> str:
+    engines, speeds = speeds_of(rows, figure)
+    sentences = []
+    for engine in engines:
+        peer = peer_of(engine, engines)
+        ratios: dict[int, list[float]] = {}
+        for (of, context, batch), speed in speeds.items():
+            if of == engine and peer and (theirs := speeds.get((peer, context, batch))):
+                ratios.setdefault(context, []).append(speed / theirs)
+        if ratios and peer and engine.startswith("this "):
+            (first, found), *others = sorted(ratios.items())
+            rest = "".join(f", {span(more)} after {context:,}" for context, more in others)
+            sentences.append(
+                f"{said(engine)} is {span(found)} times as fast as {said(peer)} after {first:,} tokens{rest}."
+            )
+        elif engine.startswith("this "):
+            sentences.append(f"{said(engine)} has no peer here.")
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+
+def said(engine: str) -> str:
+    return engine.replace(", ", "' " if "transformers" in engine else " in ")
+
+
+def span(ratios: list[float]) -> str:
+    low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+    return low if low == high else f"{low} to {high}"
+
+
 def table(rows: list[Result], figure: str) -> str:
-    cases = sorted({(row["context"], row["batch"]) for row in rows})
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
-    speeds = {(row["engine"], row["context"], row["batch"]): row[figure] for row in rows}
+    engines, speeds = speeds_of(rows, figure)
     lines = ["| context | batch | " + " | ".join(engines) + " |", "|---" * (2 + len(engines)) + "|"]
-    main_peer = "llama.cpp" if "llama.cpp" in engines else "transformers, RWKV-4"
-    for context, batch in cases:
-        peer = speeds.get((main_peer, context, batch))
+    for context, batch in sorted({(row["context"], row["batch"]) for row in rows}):
         cells = []
         for engine in engines:
-            speed = speeds.get((engine, context, batch))
-            ratio = f" ({speed / peer:.2f})" if speed and peer else ""
+            speed, peer = speeds.get((engine, context, batch)), peer_of(engine, engines)
+            theirs = speeds.get((peer, context, batch)) if peer else None
+            ratio = f" ({speed / theirs:.2f})" if speed and theirs else ""
             cells.append(f"{speed:,.0f}{ratio}" if speed else "")
         lines.append(f"| {context:,} | {batch} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def of_floors(row: Result, limits: dict[str, float]) -> tuple[float, float]:
+    """Bytes of weights per second of the matrix-vector product's, and FLOP/s of the matrix product's."""
+    memory = row["decode"] / row["batch"] * row["weight_bytes"] / limits["matvec_bytes_per_second"]
+    return memory, row["decode"] * 2 * row["parameters"] / limits["matmul_flops_per_second"]
+
+
+def floor_conclusion(rows: list[Result], limits: dict[str, float]) -> str:
+    """Of float32."""
+    of = [row for row in rows if row["context"] == 1024 and row["engine"].endswith("float32")]
+    found = {row["batch"]: of_floors(row, limits) for row in of}
+    (memory, _), (_, arithmetic) = found[min(found)], found[max(found)]
+    return (
+        f"In float32 one text gets {memory:.2f} of what the memory could give, "
+        f"{max(found)} texts {arithmetic:.2f} of what the arithmetic could."
+    )
+
+
 def floor_table(rows: list[Result], limits: dict[str, float]) -> str:
-    """Bytes of weights per second against the matrix-vector product's, and FLOP/s against the matrix product's."""
     lines = ["| | batch | of the memory's floor | of the arithmetic's floor |", "|---|---|---|---|"]
     for row in rows:
         if row["context"] == 1024:
-            steps = row["decode"] / row["batch"]
-            memory = steps * row["weight_bytes"] / limits["matvec_bytes_per_second"]
-            arithmetic = row["decode"] * 2 * row["parameters"] / limits["matmul_flops_per_second"]
+            memory, arithmetic = of_floors(row, limits)
             lines.append(f"| {row['engine']} | {row['batch']} | {memory:.2f} | {arithmetic:.2f} |")
     return "\n".join(lines)
 
 
-def server_table(rows: list[Result]) -> str:
-    lines = ["| | " + " | ".join(row["engine"] for row in rows) + " |", "|---" * (1 + len(rows)) + "|"]
+def server_conclusion(rows: list[Result]) -> str:
+    served, sentences = {row["engine"]: row for row in rows}, []
+    for engine, row in served.items():
+        peer = served.get(peer_of(engine, served) or "")
+        if peer and engine.startswith("this "):
+            speeds = [f"{row['decode'][n] / peer['decode'][n]:.2f} for {n}" for n in row["decode"]]
+            context, seconds = max(row["first_token"].items(), key=lambda item: int(item[0]))
+            sentences.append(
+                f"{said(engine).capitalize()} writes as many tokens/s as {said(peer['engine'])}, times "
+                f"{', '.join(speeds)} clients; the first token after a prompt of {int(context):,} comes in "
+                f"{seconds / peer['first_token'][context]:.2f} of its time."
+            )
+    return " ".join(sentences) or "No peer was measured."
 
-    def line(name: str, figures: list[float], form: str) -> None:
-        ratios = [""] + [f" ({figure / figures[0]:.2f})" for figure in figures[1:]]
-        cells = [form.format(figure) + ratio for figure, ratio in zip(figures, ratios, strict=True)]
+
+def server_table(rows: list[Result]) -> str:
+    served = {row["engine"]: row for row in rows}
+    lines = ["| | " + " | ".join(served) + " |", "|---" * (1 + len(rows)) + "|"]
+
+    def line(name: str, figure: Callable[[Result], float], form: str) -> None:
+        cells = []
+        for engine, row in served.items():
+            peer = peer_of(engine, served)
+            ratio = f" ({figure(row) / figure(served[peer]):.2f})" if peer else ""
+            cells.append(form.format(figure(row)) + ratio)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
 
-    line("ready after, s", [row["startup"] for row in rows], "{:.2f}")
+    line("ready after, s", lambda row: row["startup"], "{:.2f}")
     for context in rows[0]["first_token"]:
-        figures = [1e3 * row["first_token"][context] for row in rows]
-        line(f"first token of a prompt of {int(context):,}, ms", figures, "{:,.1f}")
-    for clients in rows[0]["decode"]:
-        line(f"{clients} clients, tokens/s", [row["decode"][clients] for row in rows], "{:,.0f}")
-    line("memory at most, MiB", [row["peak_bytes"] / 2**20 for row in rows], "{:,.0f}")
+        name = f"first token of a prompt of {int(context):,}, ms"
+        line(name, lambda row, at=context: 1e3 * row["first_token"][at], "{:,.1f}")  # type: ignore[misc]
+    for n in rows[0]["decode"]:
+        line(f"{n} clients, tokens/s", lambda row, at=n: row["decode"][at], "{:,.0f}")  # type: ignore[misc]
+    line("memory at most, MiB", lambda row: row["peak_bytes"] / 2**20, "{:,.0f}")
     return "\n".join(lines)
 
 
+COLOURS = {
+    "this engine, float32": "tab:blue",
+    "this engine, int8": "tab:cyan",
+    "llama.cpp, F32": "tab:orange",
+    "llama.cpp, Q8_0": "tab:red",
+    "llama.cpp, Q4_K_M": "tab:brown",
+    "transformers, GPT-2": "tab:green",
+    "transformers, RWKV-4": "tab:purple",
+}
+
+
 def draw(results: list[Result], path: Path) -> None:
-    """Decoded tokens per second of 8 sequences against their context, one panel for each shape."""
+    """Decoded tokens per second of 8 sequences against their context, one panel for each shape, a colour an engine."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     names = [name for name in SHAPES if any(row["shape"] == name for row in results)]
-    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(names), figsize=(4.5 * len(names), 4.4), squeeze=False, sharex=True, layout="constrained"
+    )
+    drawn: dict[str, Any] = {}
     for panel, name in zip(panels[0], names, strict=True):
         rows = [row for row in results if row["shape"] == name and row["batch"] == 8]
-        for engine in dict.fromkeys(row["engine"] for row in rows):
-            points = sorted((row["context"], row["decode"]) for row in rows if row["engine"] == engine)
-            panel.plot(*zip(*points, strict=True), marker="o", label=engine)
+        for engine, colour in COLOURS.items():
+            if points := sorted((row["context"], row["decode"]) for row in rows if row["engine"] == engine):
+                (drawn[engine],) = panel.plot(*zip(*points, strict=True), marker="o", color=colour)
         panel.set(title=f"{name}, 8 sequences", xlabel="context, tokens", xscale="log", yscale="log")
+        contexts = sorted({row["context"] for row in results})
+        panel.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_formatter(NullFormatter())
+        panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("decoded tokens/s")
-    panels[0][-1].legend()
-    figure.tight_layout()
+    in_order = [engine for engine in COLOURS if engine in drawn]
+    figure.legend([drawn[engine] for engine in in_order], in_order, loc="outside lower center", ncols=len(in_order))
     figure.savefig(path, dpi=100)
 
 

@@ -21,7 +21,7 @@ def test_kernels_touch_no_memory_but_their_own_and_do_nothing_undefined(tmp_path
     options = {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
     cache = {"CC": "gcc", "XDG_CACHE_HOME": str(tmp_path), "LD_PRELOAD": str(runtime)}
     command = [sys.executable, "-m", "tests.model.sanitized"]
-    done = subprocess.run(command, env=os.environ | options | cache, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=os.environ | options | cache, capture_output=True, text=True, timeout=1800)
     found, _, planted = done.stderr.partition(PLANTED)
     assert not found.strip(), found[:4000]
     assert "heap-buffer-overflow" in planted
