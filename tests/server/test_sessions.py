@@ -19,12 +19,10 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from safetensors.torch import load, save
 
 from model import LanguageModel, Tokenizer
 from server.api.turns import TurnStream
 from server.engine import AsyncEngine, LLMEngine, RequestOutput, SamplingParams, StoredPrefixes
-from server.engine.snapshot import _checksum, _metadata
 from server.errors import (
     BusySessionError,
     ConfigurationError,
@@ -568,22 +566,6 @@ def test_quotas_are_in_bytes_too(tokenizer: Tokenizer, network: LanguageModel) -
     in_sessions(store, network, tokenizer, main, session_quota=4 * files.max_bytes - 1)
     with pytest.raises(ConfigurationError, match="session_quota must be at least 1 MiB, for the"):
         Sessions(store, files, SessionsConfig(session_quota=files.max_bytes - 1))
-
-
-def test_what_is_stored_of_an_import_is_no_more_than_a_session(tokenizer: Tokenizer, network: LanguageModel) -> None:
-    store = SQLiteSessionStore(":memory:")
-
-    async def main(sessions: Sessions, engine: AsyncEngine) -> None:
-        name = (await sessions.create("me")).session_id
-        await take_turn(sessions, engine, name, [1, 5])
-        data = await sessions.export(name, "me")
-        tensors, metadata = load(data), {**_metadata(data), "more": "x" * 10**6}
-        del metadata["checksum"]
-        larger = save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
-        copy = (await sessions.import_(larger, "me")).session_id
-        assert len(await sessions.export(copy, "me")) == len(data)
-
-    in_sessions(store, network, tokenizer, main)
 
 
 class HangingStore(SQLiteSessionStore):
