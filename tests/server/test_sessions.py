@@ -244,7 +244,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mount is None or subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
         pytest.skip("needs the right to mount")
     yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 def test_on_a_full_disk_sessions_can_be_deleted_and_make_room(small_disk: Path) -> None:
