@@ -103,8 +103,11 @@ class StateFiles:
     @property
     def max_bytes(self) -> int:
         """Of a file: the state, the logits that follow, a token to be read next, and a header with a line for each."""
-        header = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * (len(self._empty.tensors()) + 2)
-        return self._empty.nbytes + 4 * self._vocab_size + header
+        return self._empty.nbytes + 4 * self._vocab_size + self._max_header_bytes
+
+    @property
+    def _max_header_bytes(self) -> int:
+        return HEADER_BYTES + HEADER_BYTES_PER_TENSOR * (len(self._empty.tensors()) + 2)
 
     def write(self, snapshot: Snapshot, unread_ids: Sequence[int] = (), key: bytes = b"") -> bytes:
         """unread_ids: of the token that was chosen since, if there is one; key: what the file is to be found by."""
@@ -129,6 +132,11 @@ class StateFiles:
         key: what it was found by, which a file that says of what it was written for must have in it. Raises
         InvalidConversationError, in a sentence, for anything that `write` for this model would not write.
         """
+        if (n_bytes := int.from_bytes(data[:8], "little")) > self._max_header_bytes:
+            raise InvalidConversationError(
+                f"The conversation has a header of {n_bytes} bytes, but one of this model has at most "
+                f"{self._max_header_bytes}."
+            )
         metadata = _metadata(data)
         if metadata.get("format") != FORMAT:
             raise InvalidConversationError("This is not a conversation of this server.")

@@ -113,8 +113,7 @@ class Sessions:
     async def import_(self, data: bytes, owner: str) -> Session:
         """A new session from such a file. Raises InvalidConversationError and QuotaError."""
         conversation = await asyncio.to_thread(self._parse, data)
-        written = await asyncio.to_thread(self._write, conversation)  # without what else the file may have had in it
-        return (await self._add(owner, 1, conversation.num_tokens, written))[0]
+        return (await self._add(owner, 1, conversation.num_tokens, data))[0]
 
     async def begin_turn(self, session_id: str, owner: str) -> Turn:
         """Raises NotFoundError, and BusySessionError while another turn is under way."""
@@ -141,7 +140,7 @@ class Sessions:
             used_at=now,
             expires_at=now + self.config.session_ttl,
         )
-        data = await asyncio.to_thread(self._write, conversation)
+        data = await asyncio.to_thread(self._files.write, conversation.snapshot, conversation.unread_ids)
         if not await self._ask(self.store.commit, following, data):
             raise BusySessionError(f"Session {session.session_id} was changed or deleted during this turn.")
 
@@ -178,9 +177,6 @@ class Sessions:
 
     def _parse(self, data: bytes) -> Conversation:
         return Conversation(*self._files.read(data))
-
-    def _write(self, conversation: Conversation) -> bytes:
-        return self._files.write(conversation.snapshot, conversation.unread_ids)
 
     def close(self) -> None:
         """Let go of the store, when it has done what it was asked."""

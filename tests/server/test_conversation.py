@@ -208,6 +208,16 @@ def test_what_a_file_says_is_not_said_again_at_length(kept: tuple[LLMEngine, byt
         assert len(str(raised.value)) < 300
 
 
+def test_no_file_is_larger_than_a_session(kept: tuple[LLMEngine, bytes]) -> None:
+    """Nor is a long header parsed, which would hold up the whole process."""
+    engine, data = kept
+    assert len(data) <= engine.state_files.max_bytes
+    with pytest.raises(InvalidConversationError, match=r"has a header of \d+ bytes, but one of this model has at most"):
+        read(engine, sealed(engine, load(data), more="x" * 10**4))
+    with pytest.raises(InvalidConversationError, match="has a header of 18446744073709551615 bytes"):
+        read(engine, b"\xff" * 8 + b"[" * 10**6)
+
+
 def test_dtypes_that_pytorch_does_not_have_are_refused(kept: tuple[LLMEngine, bytes]) -> None:
     engine, _ = kept
     metadata = {"format": "aft-conversation", "version": "3", "model": engine.fingerprint.hex()}
