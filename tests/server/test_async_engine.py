@@ -471,6 +471,18 @@ def test_a_key_leaves_places_and_slots_to_others(tokenizer: Tokenizer) -> None:
     asyncio.run(main())
 
 
+def test_a_stream_that_is_closed_while_it_is_read_has_no_more(tokenizer: Tokenizer) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        stream = await engine.submit("the fox", ENDLESS)
+        await stream.read()
+        reading = asyncio.create_task(stream.read())
+        stream.close()
+        await reading
+        assert await stream.read() == []
+
+    in_engine(tokenizer, main)
+
+
 def test_ended_streams_that_nobody_reads_are_bounded_in_sum(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
         params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, logprobs=4)
