@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import json
 from array import array
@@ -175,9 +174,10 @@ async def _text_ids(body: TokenizeRequest, context: Context) -> array[int]:
 
 async def _chat_ids(body: TemplateOptions, messages: Sequence[Message], context: Context) -> array[int]:
     """As an array, which is a tenth of a list: clients may be slow to read what is made of it."""
-    _check_length(sum(len(message.content) for message in messages))
-    template, tokenizer = context.chat_template, context.engine.info.tokenizer
-    return array("i", await asyncio.to_thread(body.token_ids, messages, template, tokenizer))
+    n_characters = sum(len(message.content) for message in messages)
+    _check_length(n_characters)
+    template, engine = context.chat_template, context.engine
+    return array("i", await engine.in_thread(n_characters, body.token_ids, messages, template, engine.info.tokenizer))
 
 
 def _check_length(n_characters: int) -> None:

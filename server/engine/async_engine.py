@@ -255,9 +255,12 @@ class AsyncEngine:
 
     async def _aside(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
         """Do work that takes long if its `size`, in characters or ids, is large, without holding up the event loop."""
-        if size <= LONG_PROMPT:
-            return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._text_threads, work, *arguments)
+        return work(*arguments) if size <= LONG_PROMPT else await self.in_thread(size, work, *arguments)
+
+    async def in_thread(self, n_characters: int, work: Callable[..., T], *arguments: Any) -> T:
+        """Read a text in a thread: a long one in one of a few, behind which only other long ones wait."""
+        threads = self._text_threads if n_characters > LONG_PROMPT else None
+        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
     async def _look_up(self, request: Request) -> Prefix | None:
         """What the prompt can go on from and only the store has."""

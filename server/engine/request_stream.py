@@ -86,6 +86,7 @@ class RequestStream:
     def close(self) -> None:
         """Let go of the request; the engine drops it within a step unless it has ended. May be called again."""
         self._has_reader = False
+        self._has_unread.set()
         self._forget()
         self._drop()
 
@@ -99,10 +100,15 @@ class RequestStream:
             let_go(self)
 
     async def read(self) -> list[RequestOutput]:
-        """The outputs that came since the last call, at least one; [] after the last. Raises what ended the request."""
+        """The outputs that came since the last call, at least one; [] after the last, or once the stream is closed.
+
+        Raises what ended the request.
+        """
         if not self._n_to_read:
             return []
         await self._has_unread.wait()
+        if not self._has_reader:
+            return []
         outputs = self._unread
         self._forget()
         if not outputs:

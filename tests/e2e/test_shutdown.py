@@ -109,3 +109,29 @@ def test_past_the_deadline_each_stream_ends_with_an_error_event(server: Server) 
             assert all("token" in event for event in tokens)
             assert last == {"error": "The server is shutting down.", "error_type": "overloaded"}
     assert server.process.wait(timeout=60) == 0
+
+
+HANGS_IN_ITS_SECOND_STEP = """
+import threading
+from server.commands.main import main
+from server.engine import LLMEngine
+LLMEngine._decode = lambda self: threading.Event().wait()
+main()
+"""
+
+
+def test_a_step_that_hangs_shows_and_holds_up_neither_time_outs_nor_the_end(checkpoint: Path) -> None:
+    arguments = ["--model", str(checkpoint), "--request-timeout", "1", "--step-timeout", "0.5", "--drain-timeout", "1"]
+    server = Server(*arguments)
+    server._command[1:3] = ["-c", HANGS_IN_ITS_SECOND_STEP]
+    with server, ThreadPoolExecutor(5) as pool:
+        asked = [
+            pool.submit(httpx2.post, f"{server.url}/generate", json={"inputs": "The fox"}, timeout=60) for _ in range(5)
+        ]
+        # 503 is for who came when it hung already.
+        assert {answer.result().status_code for answer in asked} | {503} == {504, 503}
+        for path in ("/health", "/ready"):
+            answer = httpx2.get(f"{server.url}{path}", timeout=60)
+            assert (answer.status_code, answer.text) == (503, "The engine has not ended its step in 0.5 seconds.")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 0
