@@ -13,6 +13,15 @@ class InvalidRequestError(ServerError):
     """The request asks for something that does not exist or cannot work here."""
 
 
+class PromptTooLongError(InvalidRequestError):
+    """The prompt, or it and the text that may follow, is longer than the model or this server reads.
+
+    field: of the body, where the prompt came from, as the contract calls it.
+    """
+
+    field: str | None = None
+
+
 class InvalidConversationError(InvalidRequestError):
     """What was given as a conversation is damaged, foreign, or of a newer version."""
 
@@ -21,8 +30,24 @@ class NotFoundError(ServerError):
     """There is no such model, session or page."""
 
 
+class ModelNotFoundError(NotFoundError):
+    """There is no model of that name."""
+
+
 class UnauthorizedError(ServerError):
     """The request has no valid API key."""
+
+
+class ForbiddenError(ServerError):
+    """A page in a browser asks that has no business here."""
+
+
+class UnsupportedEncodingError(ServerError):
+    """The body is compressed."""
+
+
+class SlowBodyError(ServerError):
+    """The client did not send its body in time."""
 
 
 class PayloadTooLargeError(ServerError):

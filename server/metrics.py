@@ -6,14 +6,19 @@ A "key-value cache" here is the pool of states: its usage is the share of slots 
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import disable_created_metrics as leave_out_times_of_creation
 
 from server.engine import FinishReason, LLMEngine, RequestStream
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+TEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 LABELS = ("model_name",)
+leave_out_times_of_creation()  # type: ignore[no-untyped-call]  # they double the page
+
 FINISHED_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.END_OF_TEXT: "stop",
@@ -43,14 +48,23 @@ class Metrics:
         ):
             gauge = Gauge(f"vllm:{name}", what, LABELS, registry=self._registry)
             gauge.labels(model_name).set_function(value)
+        # A slot holds a text of any length.
+        self._info("vllm:cache_config", block_size=str(engine.max_model_len), num_gpu_blocks=str(pool.n_slots))
+        self._info("aft:build", version=version("aft-server"))
+        ProcessCollector(registry=self._registry)
         self._time_to_first_token = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
         self._inter_token_latency = self._seconds("inter_token_latency_seconds", "Between two tokens of a text.")
         self._e2e_latency = self._seconds("e2e_request_latency_seconds", "From arrival to the last token.")
         self._queue_time = self._seconds("request_queue_time_seconds", "From arrival to a slot.")
         self._prefill_time = self._seconds("request_prefill_time_seconds", "From a slot to the first token.")
+        self._inference_time = self._seconds("request_inference_time_seconds", "From a slot to the last token.")
         self._decode_time = self._seconds("request_decode_time_seconds", "From the first token to the last.")
         self._request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._iteration_tokens = self._histogram("iteration_tokens_total", "Tokens decoded and read in a step.", TOKENS)
+        self._params_n = self._histogram("request_params_n", "Texts that a request asks for.", TEXTS)
+        self._params_max_tokens = self._histogram("request_params_max_tokens", "Tokens that it asks for.", TOKENS)
+        self._counter("num_preemptions", "Never: a text that has started keeps its slot.")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._prefix_cache_queries = self._counter("prefix_cache_queries", "Tokens looked for in the prefix cache.")
@@ -66,6 +80,9 @@ class Metrics:
             (*LABELS, "finished_reason"),
             registry=self._registry,
         )
+        self._answers = Counter(
+            "aft:http_responses", "HTTP requests answered, by status.", ("status",), registry=self._registry
+        )
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -77,14 +94,20 @@ class Metrics:
         elif stream.num_generated_tokens == 1 and stream.first_token_at is not None:
             self._time_to_first_token.observe(stream.first_token_at - stream.request.arrived_at)
 
+    def on_step(self, n_tokens: int) -> None:
+        self._iteration_tokens.observe(n_tokens)
+
     def on_close(self, stream: RequestStream) -> None:
         request, first = stream.request, stream.first_token_at
         last = max(stream.last_token_at.values(), default=time.monotonic())
         self._e2e_latency.observe(last - request.arrived_at)
+        self._params_n.observe(request.params.n)
+        self._params_max_tokens.observe(request.params.max_tokens)
         self._count_ends(stream)
         if request.admitted_at is None:
             return
         self._queue_time.observe(request.admitted_at - request.arrived_at)
+        self._inference_time.observe(last - request.admitted_at)
         if first is not None:
             self._prefill_time.observe(first - request.admitted_at)
             self._decode_time.observe(last - first)
@@ -102,6 +125,10 @@ class Metrics:
         """A prefix could not be stored. May be called from any thread."""
         self._dropped.inc()
 
+    def on_answer(self, status: int) -> None:
+        """An HTTP request was answered; 499 if its client had left."""
+        self._answers.labels(str(status)).inc()
+
     def _count_ends(self, stream: RequestStream) -> None:
         unfinished = ["error" if stream.error else "abort"] * stream.num_unfinished
         for reason in [*(FINISHED_REASONS[reason] for reason in stream.finish_reasons), *unfinished]:
@@ -114,6 +141,11 @@ class Metrics:
         return Histogram(f"vllm:{name}", what, LABELS, registry=self._registry, buckets=buckets).labels(
             self._model_name
         )
+
+    def _info(self, name: str, **labels: str) -> None:
+        """What does not change, as labels of a one."""
+        gauge = Gauge(f"{name}_info", "What does not change.", (*LABELS, *labels), registry=self._registry)
+        gauge.labels(self._model_name, *labels.values()).set(1)
 
     def _counter(self, name: str, what: str) -> Counter:
         return Counter(f"vllm:{name}", what, LABELS, registry=self._registry).labels(self._model_name)

@@ -71,10 +71,18 @@ class Tokenizer(ABC):
         return self.decode_bytes(token_ids).decode(errors="replace")
 
     def decode_bytes(self, token_ids: Sequence[int]) -> bytes:
+        self.check(token_ids)
+        return b"".join(self.token_bytes[token_id] for token_id in token_ids)
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Raises TokenizationError for an id that stands for nothing."""
         for token_id in token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise TokenizationError(f"Token id {token_id} is not in 0 .. {self.vocab_size - 1}.")
-        return b"".join(self.token_bytes[token_id] for token_id in token_ids)
+
+    def piece(self, token_id: int) -> str:
+        """The token as the file of the tokenizer writes it, if that is text."""
+        return self.token_text(token_id)
 
     def token_text(self, token_id: int) -> str:
         """The token on its own, for display: U+FFFD for part of a character, its name for the end of a text."""

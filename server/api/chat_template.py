@@ -54,14 +54,35 @@ class ChatTemplate:
                 return cls() if source is None else cls(source)
         return cls()
 
-    def token_ids(self, messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    def token_ids(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The prompt. Raises InvalidRequestError if the template refuses the messages, or takes too long for them.
+
+        add_generation_prompt: whether an answer is begun; continue_final_message: whether the prompt ends with the
+        content of the last message instead, without what the template writes after it.
 
         `bos_token` and `eos_token` of the template become the end-of-text token; the same characters in a message do
         not, because for the time of the rendering the token has a secret name.
         """
         mark = f"<{secrets.token_hex(16)}>"
-        text = self._render(messages=list(messages), bos_token=mark, eos_token=mark)
+        end = f"<{secrets.token_hex(16)}> " if continue_final_message else ""
+        if end:
+            *earlier, last = messages
+            messages = [*earlier, {**last, "content": last["content"] + end}]
+        text = self._render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            bos_token=mark,
+            eos_token=mark,
+        )
+        if end:
+            text = _up_to(text, end)
         first, *rest = text.split(mark)
         # A template that begins with bos_token does what many tokenizers do by themselves: once is enough.
         ids = tokenizer.encode_text(first) if first or not rest else []
@@ -90,6 +111,14 @@ def _template_of(content: str) -> str | None:
                 return str(by_name["default"])
             raise ValueError(f'chat_template must have one with the name "default"; it has {[*by_name]}')
     raise ValueError("chat_template must be a text, or a list of objects with name and template")
+
+
+def _up_to(text: str, end: str) -> str:
+    """What comes before `end`, whose space is gone if the template strips messages: then it is stripped here, too."""
+    before, found, after = text.rpartition(end.rstrip())
+    if not found:
+        raise InvalidRequestError("continue_final_message: the model's chat template does not write the last message.")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 class _LimitError(InvalidRequestError):

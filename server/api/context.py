@@ -10,12 +10,13 @@ from fastapi import Depends, Request
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.engine import AsyncEngine
-from server.errors import NotFoundError
+from server.errors import ModelNotFoundError
 from server.metrics import Metrics
 from server.sessions import Sessions
 
-# huggingface_hub and text-generation send these whatever the model is called.
+# huggingface_hub and text-generation send these whatever the model is called, and @huggingface/inference this address.
 PLACEHOLDER_NAMES = frozenset({"", "dummy", "tgi"})
+ADDRESSES = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Context:
         return (self.config.model_name,)
 
     def model_named(self, name: str | None) -> str:
-        """The name of the model that is meant. Raises NotFoundError for a name that nothing here has."""
-        if name is None or name in PLACEHOLDER_NAMES:
+        """The name of the model that is meant. Raises ModelNotFoundError for a name that nothing here has."""
+        if name is None or name in PLACEHOLDER_NAMES or name.startswith(ADDRESSES):
             return self.config.model_name
         if name not in self.model_names:
-            raise NotFoundError(
+            raise ModelNotFoundError(
                 f"There is no model {name[:100]!r} here, only {', '.join(map(repr, self.model_names))}."
             )
         return name

@@ -14,17 +14,21 @@ from server.api.validation import invalid_field, validation_sentence
 from server.errors import (
     BusySessionError,
     EngineDeadError,
+    ForbiddenError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
     PayloadTooLargeError,
+    PromptTooLongError,
     QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
+    SlowBodyError,
     SlowReaderError,
     StoreUnavailableError,
     UnauthorizedError,
+    UnsupportedEncodingError,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,7 +43,10 @@ STATUSES: Mapping[Kind, int] = {
     RequestValidationError: 422,
     UnauthorizedError: 401,
     NotFoundError: 404,
+    ForbiddenError: 403,
     PayloadTooLargeError: 413,
+    UnsupportedEncodingError: 415,
+    SlowBodyError: 408,
     BusySessionError: 409,
     QuotaError: 429,
     OverloadedError: 429,
@@ -71,7 +78,7 @@ def problem_of(error: Exception) -> Problem:
     if by_kind(STATUSES, kind, FAILED) == FAILED:
         logger.error("A request failed.", exc_info=error)
         return Problem(kind, "The server failed on this request.")
-    return Problem(kind, str(error))
+    return Problem(kind, str(error), error.field if isinstance(error, PromptTooLongError) else None)
 
 
 def by_kind(table: Mapping[Kind, T], kind: Kind, default: T) -> T:

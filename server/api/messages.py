@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from server.api.validation import Body
+from model.tokenizer import Tokenizer
+from server.api.chat_template import ChatTemplate
+from server.api.validation import EMPTY, Body, Peers, wrong
+
+NO_TOOLS = "this server calls none"
+# Of /v1/chat/completions and of /tokenize alike.
+TEMPLATE_PEERS: Mapping[str, Peers] = {
+    "tools": Peers(EMPTY, NO_TOOLS),
+    "chat_template": Peers((), "chats are rendered by the model's own"),
+    **dict.fromkeys(("chat_template_kwargs", "documents", "media_io_kwargs", "mm_processor_kwargs"), Peers(EMPTY)),
+}
 
 
 def _to_text(value: Any) -> Any:
@@ -42,18 +52,55 @@ Content = Annotated[
 ]
 
 
-class Message(Body):
-    """name goes to the chat template. What a client copies from an earlier answer has no effect."""
+class Message(BaseModel):
+    """The chat template sees all of it, but for what a client copies from an earlier answer, which has no effect."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Content
-    name: str | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[Any], Field(description=f"Refused unless empty: {NO_TOOLS}")] | None = None
     audio: None = None
     function_call: None = None
 
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        if self.tool_calls:
+            raise wrong("tool_calls", f"tool_calls are not supported: {NO_TOOLS}")
+        return self
 
-def as_template_input(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
+    @property
+    def for_template(self) -> dict[str, Any]:
+        given = {"role": self.role, "content": self.content, **(self.model_extra or {})}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+class TemplateOptions(Body):
+    """How the chat template makes a prompt of messages, in the bodies that may have some."""
+
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the template begins an answer; true if not given, unless continue_final_message is"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Whether the text goes on from the last message, as if its author had not ended"
+    )
+
+    @model_validator(mode="after")
+    def _check_end(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
+        return self
+
+    def token_ids(self, messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+        """The prompt. Raises InvalidRequestError if the template refuses the messages."""
+        return template.token_ids(
+            [message.for_template for message in messages],
+            tokenizer,
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=bool(self.continue_final_message),
+        )

@@ -1,4 +1,4 @@
-"""What those who run the server ask: /health, /ready, /metrics."""
+"""What those who run the server ask: /health, /ready, /metrics; SageMaker's /ping."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from server.api.context import ContextOf
 router = APIRouter(tags=["operations"])
 
 
+@router.get("/ping", response_class=PlainTextResponse, responses={503: {"description": "It must be restarted."}})
 @router.get("/health", response_class=PlainTextResponse, responses={503: {"description": "It must be restarted."}})
 async def health(context: ContextOf) -> Response:
     """200 while the process can generate, also while it drains; 503, and why, if its engine is dead, hangs, or fails

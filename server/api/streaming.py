@@ -1,25 +1,26 @@
-"""Answers that take a while: server-sent events, and what becomes of them when the client leaves."""
+"""Answers that take a while, or are long: server-sent events, JSON in pieces, and clients that leave meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from server.api.config import APIConfig
 from server.api.turns import TextStream, close
 from server.engine import Completion, RequestOutput
-from server.errors import ServerError, SlowReaderError
+from server.errors import ServerError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-EVENT_STREAM = "text/event-stream"
-LARGE_ANSWER = 4096  # tokens and alternatives to them, from which an answer is written in a thread
+EVENT_STREAM, JSON = "text/event-stream", "application/json"
+LARGE_ANSWER = 4096  # tokens from which an answer is put together in a thread, so that other streams go on meanwhile
+PIECE, BATCH = 2**15, 64  # characters of a piece of an answer, and items of a list that are written at a time
 
 T = TypeVar("T")
 
@@ -56,26 +57,80 @@ async def collect(streams: Sequence[TextStream]) -> list[list[Completion]]:
 
 
 async def whole_answer(
-    http_request: Request, streams: Sequence[TextStream], respond: Callable[[list[list[Completion]]], Response]
+    http_request: Request,
+    streams: Sequence[TextStream],
+    content: Callable[[list[list[Completion]]], object],
 ) -> Response:
-    """The response made from the texts once they are complete. If the client leaves before, generation stops."""
+    """JSON made from the texts once they are complete. If the client leaves before, generation stops."""
     try:
         completions = await unless_left(http_request, collect(streams))
     finally:
         close(streams)
     if completions is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    if sum(_size(stream) for stream in streams) < LARGE_ANSWER:
-        return respond(completions)
-    return await asyncio.to_thread(respond, completions)
+    n_tokens = sum(stream.request.num_prompt_tokens + stream.num_generated_tokens for stream in streams)
+    return await aside(n_tokens, lambda: json_answer(content(completions)))
 
 
-def _size(stream: TextStream) -> int:
-    """Tokens and log-probabilities that may be told of it."""
-    request, params = stream.request, stream.request.params
-    return request.num_prompt_tokens * (params.prompt_logprobs or 0) + stream.num_generated_tokens * (
-        1 + (params.logprobs or 0)
-    )
+async def aside(n_tokens: int, work: Callable[[], T]) -> T:
+    """Work that takes long if there are many tokens, without holding up the event loop then."""
+    return await asyncio.to_thread(work) if n_tokens > LARGE_ANSWER else work()
+
+
+def json_answer(content: object) -> Response:
+    """Iterators are lists, made as they are written."""
+    return pieces_answer(json_pieces(content))
+
+
+def pieces_answer(pieces: Iterator[str]) -> Response:
+    """JSON from its pieces. What is long is written while it is sent, in threads."""
+    larger = _gathered(pieces)
+    first, second = next(larger), next(larger, None)
+    if second is None:
+        return Response(first, media_type=JSON)
+    return StreamingResponse(chain((first, second), larger), media_type=JSON)
+
+
+def json_pieces(content: object) -> Iterator[str]:
+    """The pieces are short where long lists are iterators, which are written a few items at a time."""
+    if isinstance(content, dict):
+        separator = "{"
+        for name, value in content.items():
+            yield f"{separator}{_json(name)}:"
+            yield from json_pieces(value)
+            separator = ","
+        yield "}" if content else "{}"
+    elif isinstance(content, list):
+        separator = "["
+        for value in content:
+            yield separator
+            yield from json_pieces(value)
+            separator = ","
+        yield "]" if content else "[]"
+    elif isinstance(content, Iterator):
+        separator = "["
+        while batch := list(islice(content, BATCH)):
+            yield separator + _json(batch)[1:-1]
+            separator = ","
+        yield "]" if separator == "," else "[]"
+    else:
+        yield _json(content)
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _gathered(pieces: Iterator[str]) -> Iterator[bytes]:
+    waiting, n_characters = [], 0
+    for piece in pieces:
+        waiting.append(piece)
+        n_characters += len(piece)
+        if n_characters >= PIECE:
+            yield "".join(waiting).encode()
+            waiting, n_characters = [], 0
+    if waiting:
+        yield "".join(waiting).encode()
 
 
 async def event_answer(
@@ -93,39 +148,26 @@ async def event_answer(
     if first is None:
         close(streams)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    config: APIConfig = http_request.app.state.context.config
-    return EventStream(_guarded(first, events, error_event), streams, config.write_timeout)
+    return EventStream(_guarded(first, events, error_event), streams)
 
 
 class EventStream(StreamingResponse):
-    """Lets go of its requests however it ends, even if the client has left before the first event.
+    """Lets go of its requests however it ends, even if the client has left before the first event."""
 
-    write_timeout: seconds in which a client must have read enough for the next event to be sent.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream], write_timeout: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream]) -> None:
         super().__init__(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
-        self.streams, self.write_timeout = streams, write_timeout
+        self.streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises SlowReaderError if the client does not read in time."""
-
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self.write_timeout):
-                    await send(message)
-            except TimeoutError as error:
-                raise SlowReaderError(f"The client read nothing for {self.write_timeout:g} seconds.") from error
-
         try:
-            await super().__call__(scope, receive, send_in_time)
+            await super().__call__(scope, receive, send)
         finally:
             close(self.streams)
 
 
 def sse(content: object, prefix: str = "data: ") -> bytes:
     """ASCII JSON: clients that split on every Unicode line end would cut at U+2028."""
-    return f"{prefix}{json.dumps(content, ensure_ascii=True)}\n\n".encode()
+    return f"{prefix}{json.dumps(content, ensure_ascii=True, default=list)}\n\n".encode()
 
 
 async def _first(events: AsyncIterator[bytes]) -> bytes:

@@ -30,6 +30,7 @@ from server.errors import (
     GenerationError,
     InvalidRequestError,
     OverloadedError,
+    PromptTooLongError,
     RequestTimeoutError,
     ServerError,
     ShuttingDownError,
@@ -51,6 +52,9 @@ class Observer(Protocol):
 
     def on_token(self, stream: RequestStream, interval: float | None) -> None:
         """A token came, `interval` seconds after the last one of its text, None for the first."""
+
+    def on_step(self, n_tokens: int) -> None:
+        """So many tokens were decoded and read in a step. Called by the engine's thread."""
 
     def on_close(self, stream: RequestStream) -> None:
         """A request was let go, done or not."""
@@ -232,15 +236,15 @@ class AsyncEngine:
     ) -> list[int]:
         """Token ids of a prompt, as `submit` reads it; with `truncate` the last ones, so many in all.
 
-        Raises InvalidRequestError for a text that is too long whatever its tokens are.
+        Raises PromptTooLongError for a text that is too long whatever its tokens are.
         """
         tokenizer = self.info.tokenizer
         if not isinstance(prompt, str):
             return prompt if truncate is None else prompt[-truncate:]
         if truncate is None and (n_least := tokenizer.fewest_tokens(prompt)) > self.info.max_model_len:
-            raise InvalidRequestError(
-                f"A prompt of {len(prompt)} characters has at least {n_least} tokens, but at most "
-                f"{self.info.max_model_len} are allowed here."
+            raise PromptTooLongError(
+                f"This model's maximum context length is {self.info.max_model_len} tokens, but a prompt of "
+                f"{len(prompt)} characters has at least {n_least}."
             )
         ids = await self._aside(len(prompt), tokenizer.encode, prompt)
         whole = tokenizer.with_start(ids) if add_special_tokens else ids
@@ -381,6 +385,8 @@ class AsyncEngine:
         try:
             outputs = self._engine.step()
             self._n_failed_steps = 0
+            if self._observer:
+                self._tell(self._observer.on_step, self._engine.num_step_tokens)
             return outputs
         except Exception:
             logger.exception("A step failed; what has started ends with it.")

@@ -497,7 +497,7 @@ def test_a_text_too_long_for_any_tokens_is_refused_unread(tokenizer: Tokenizer) 
         longest = max(map(len, tokenizer.token_bytes))
         with (
             mock.patch.object(tokenizer, "encode", side_effect=AssertionError("tokenised")),
-            pytest.raises(InvalidRequestError, match="has at least 101 tokens, but at most 100 are allowed here"),
+            pytest.raises(InvalidRequestError, match=r"length is 100 tokens, but a prompt of .* has at least 101"),
         ):
             await engine.submit("x" * (100 * longest + 1), FIVE)
         text = "the fox " * 1000
@@ -590,6 +590,10 @@ def test_an_observer_is_told_of_every_token_and_end(tokenizer: Tokenizer) -> Non
         def on_look_up(self, n_wanted: int, n_found: int) -> None:
             raise AssertionError("there is no store")
 
+        def on_step(self, n_tokens: int) -> None:
+            n_decoded_and_read.append(n_tokens)
+
+    n_decoded_and_read: list[int] = []
     engine = AsyncEngine(LLMEngine(random_model(tiny_config()), tokenizer), Recorder())
 
     async def main() -> None:
@@ -604,3 +608,4 @@ def test_an_observer_is_told_of_every_token_and_end(tokenizer: Tokenizer) -> Non
     assert told[:6] == [True, False, False, False, False, ["length"]]
     assert told[6] is True
     assert [] in told[7:]
+    assert n_decoded_and_read[1:5] == [1, 1, 1, 1]

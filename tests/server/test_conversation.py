@@ -146,7 +146,7 @@ def test_what_follows_a_conversation_is_read_once_for_all_its_forks() -> None:
 def test_limits_count_the_whole_conversation() -> None:
     engine = make_engine(max_model_len=20)
     _, conversation = turn(engine, [1, *range(5, 15)], max_tokens=4)
-    with pytest.raises(InvalidRequestError, match="A prompt of 17 tokens and 5 new ones make 22, but at most 20"):
+    with pytest.raises(InvalidRequestError, match="is 20 tokens, but a prompt of 17 tokens and 5 new ones make 22"):
         turn(engine, [3, 4], conversation, max_tokens=5)
     with pytest.raises(InvalidRequestError, match="at least one token"):
         engine.add_request(Request("b", []))

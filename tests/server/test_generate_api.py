@@ -10,13 +10,15 @@ import httpx2
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from model import LanguageModel, Tokenizer
 from model.generate import generate
 from model.sampling import SamplingParams
 from model.sampling.watermark import z_score
 from server.api.app import create_app
-from server.api.tgi.protocol import GenerateParameters, StreamEvent
+from server.api.tgi.protocol import GenerateParameters, GenerateRequest, StreamEvent
+from server.api.validation import validation_sentence
 from server.engine import EngineConfig, LLMEngine
 
 
@@ -147,7 +149,11 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ({"inputs": ""}, "inputs must not be empty"),
         ({"inputs": 3}, "inputs: Input should be a valid string, not 3."),
         ({"inputs": "a", "input": "b"}, "input is not a known parameter."),
-        ({"inputs": "a", "parameters": {"max_tokens": 3}}, "parameters.max_tokens is not a known parameter."),
+        ({"input": "a"}, "input is not a known parameter; did you mean inputs?"),
+        (
+            {"inputs": "a", "parameters": {"max_tokens": 3}},
+            "parameters.max_tokens is not a known parameter; did you mean max_new_tokens?",
+        ),
         ({"inputs": "a", "parameters": {"temperature": 0}}, "parameters.temperature: Input should be greater than 0"),
         ({"inputs": "a", "parameters": {"top_p": 1.0}}, "parameters.top_p: Input should be less than 1"),
         ({"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k: Input should be greater than or equal to 1"),
@@ -161,7 +167,7 @@ def test_stop_full_text_and_truncate(client: TestClient) -> None:
         ({"inputs": "a", "parameters": {"best_of": 2}}, "parameters: best_of above 1 needs sampling: set do_sample."),
         (
             {"inputs": "a", "parameters": {"adapter_id": "x"}},
-            "parameters: adapter_id is not supported: this server has no adapters",
+            "parameters.adapter_id is not supported: this server has no adapters; leave it out, or send null.",
         ),
         ({"inputs": "a", "parameters": {"typical_p": 1.0}}, "parameters.typical_p: Input should be less than 1"),
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "parameters.repetition_penalty: Input should be"),
@@ -298,13 +304,27 @@ def test_info(client: TestClient) -> None:
     info = client.get("/info").json()
     assert info["model_id"] == "aft"
     assert info["max_total_tokens"] == 2**20
+    assert info["validation_workers"] >= 1
+    assert info["sha"] is info["docker_label"] is None
     assert info["max_best_of"] == 32
     assert info["state_bytes"] == client.app.state.context.engine._engine.pool.nbytes / 32  # type: ignore[attr-defined]
     assert info["max_concurrent_requests"] == client.app.state.context.engine.info.capacity == 32 + 256  # type: ignore[attr-defined]
 
 
 def test_health(client: TestClient) -> None:
-    assert client.get("/health").status_code == 200
+    for path in ("/health", "/ping"):
+        assert client.get(path).status_code == 200
+
+
+def test_sagemaker_finds_its_route(client: TestClient) -> None:
+    body = {"inputs": "The fox", "parameters": {"max_new_tokens": 3}}
+    assert post(client, "/invocations", **body).json() == post(client, "/", **body).json()
+
+
+def test_a_path_that_is_nearly_one_names_it(client: TestClient) -> None:
+    answer = post(client, "/chat/completions", messages=[])
+    assert (answer.status_code, answer.json()["error"]) == (404, "Not Found; did you mean /v1/chat/completions?")
+    assert client.get("/nowhere").json()["error"] == "Not Found."
 
 
 def test_a_full_queue_answers_429_with_retry_after(network: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -322,3 +342,46 @@ def test_a_full_queue_answers_429_with_retry_after(network: LanguageModel, token
             assert int(response.headers["retry-after"]) >= 1
         occupied.close()
         assert post(client, inputs="The fox").status_code == 200
+
+
+def test_fields_of_peers_that_ask_for_nothing_are_taken(client: TestClient) -> None:
+    parameters = {"num_beams": 1, "num_return_sequences": 1, "adapter_id": None, "unheard_of": None}
+    body: dict[str, Any] = {
+        "options": {"use_cache": False},
+        "max_retries": 2,
+        "whatever": None,
+        "parameters": parameters,
+    }
+    assert post(client, inputs="The fox", **body).status_code == 200
+    refused = post(client, inputs="The fox", parameters={"num_beams": 4}).json()["error"]
+    assert refused.startswith("parameters.num_beams is not supported: this server has no such thing; leave it out, or")
+
+
+def test_a_length_can_be_asked_for_whatever_the_model_says(client: TestClient, tokenizer: Tokenizer) -> None:
+    """vLLM's benchmark of servers with this contract does."""
+    parameters = {
+        "max_new_tokens": 30,
+        "details": True,
+        "ignore_eos_token": True,
+        "temperature": 3.0,
+        "do_sample": True,
+    }
+    for seed in range(5):
+        details = post(client, inputs="The fox", parameters={**parameters, "seed": seed}).json()["details"]
+        assert (details["finish_reason"], details["generated_tokens"]) == ("length", 30)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {str(i): 0 for i in range(100_000)},
+        {"inputs": "a", "parameters": {str(i): 0 for i in range(100_000)}},
+        {"inputs": "a", "parameters": {"stop": [0] * 100_000}},
+        {"inputs": {str(i): 0 for i in range(100_000)}},
+    ],
+)
+def test_validation_ends_at_the_first_error(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as raised:
+        GenerateRequest.model_validate(body)
+    assert raised.value.error_count() == 1
+    assert len(validation_sentence(raised.value.errors())) < 200

@@ -536,6 +536,6 @@ def test_requests_that_can_never_run_are_refused(one: Request, message: str) -> 
 
 def test_a_request_that_would_run_past_the_positions_is_refused() -> None:
     engine = LLMEngine(random_model(tiny_config("local", max_positions=64)), WORDS)
-    with pytest.raises(InvalidRequestError, match=r"54 tokens and 12 new ones make 66, but at most 64"):
+    with pytest.raises(InvalidRequestError, match=r"64 tokens, but a prompt of 54 tokens and 12 new ones make 66"):
         engine.add_request(request("too long", n_prompt=53, max_tokens=12))
     assert len(run(engine, request("fits", n_prompt=53, max_tokens=10))["fits", 0]) == 10

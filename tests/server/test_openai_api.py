@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import time
 from typing import Any
 
@@ -15,8 +16,10 @@ from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
 from model import LanguageModel, Tokenizer
+from server.api import streaming
 from server.api.app import create_app
 from server.api.chat_template import ChatTemplate
+from server.api.openai import completions
 from server.api.openai.protocol import (
     ChatCompletionChunk,
     ChatCompletionRequest,
@@ -24,6 +27,7 @@ from server.api.openai.protocol import (
     CompletionRequest,
     CompletionResponse,
 )
+from server.api.openai.serving import token_name
 from server.engine import EngineConfig, LLMEngine, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -291,7 +295,7 @@ def test_explicit_nulls_are_defaults(client: TestClient) -> None:
         assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize("name", ["aft", "dummy", "tgi", "", None])
+@pytest.mark.parametrize("name", ["aft", "dummy", "tgi", "", None, "http://127.0.0.1:8000"])
 def test_models_known_by_name(name: str | None, client: TestClient) -> None:
     assert complete(client, model=name, max_tokens=1)["model"] == "aft"
 
@@ -321,7 +325,9 @@ def test_models(client: TestClient) -> None:
     assert client.get("/v1/models/aft").json() == card
     for missing in (client.get("/v1/models/gpt"), post(client, prompt="a", model="gpt")):
         assert missing.status_code == 404
-        assert missing.json()["error"]["message"] == "There is no model 'gpt' here, only 'aft'."
+        error = missing.json()["error"]
+        assert error["message"] == "There is no model 'gpt' here, only 'aft'."
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
 @pytest.mark.parametrize(
@@ -342,11 +348,13 @@ def test_models(client: TestClient) -> None:
         ({"prompt": "a", "n": 3, "best_of": 2}, "best_of must be at least n."),
         ({"prompt": "a", "best_of": 2, "stream": True}, "best_of above n is not possible in a stream."),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options needs stream to be true."),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 'logit_bias: "x" is not a token id.'),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias: the bias of token 5 must be a number from -100"),
+        ({"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(2**16 + 1)), 1)}, "logit_bias: there must be at"),
         ({"prompt": "a", "logit_bias": {"400": 1}}, "logit_bias must hold token ids from 0 to 399, not 400."),
-        ({"prompt": "a", "max_tokens": 2**20}, "A prompt of 2 tokens and 1048576 new ones make 1048578, but at most"),
+        ({"prompt": "a", "max_tokens": 2**20}, "This model's maximum context length is 1048576 tokens, but"),
         ({"prompt": "a", "min_tokens": 17}, "min_tokens must be from 0 to max_tokens = 16, not 17."),
-        ({"prompt": "a", "suffix": "b"}, "suffix: Input should be None"),
+        ({"prompt": "a", "suffix": "b"}, "suffix is not supported: this server continues texts only; leave it out, or"),
         ({"prompt": "a", "guided_regex": "b"}, "guided_regex is not a known parameter."),
         ({"prompt": "a", "stop": ["a"] * 17}, "stop: List should have at most 16 items"),
         ({"prompt": "a", "stop": ""}, "stop.0: String should have at least 1 character"),
@@ -382,9 +390,20 @@ def test_models(client: TestClient) -> None:
         ({"prompt": "a", "response_format": {"type": "yaml"}}, "response_format: Input tag 'yaml'"),
         ({"prompt": "\ud800"}, "Text holds a lone surrogate at character 0."),
         ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: Input should be 'system'"),
+        ({"messages": [{"role": "", "content": "a"}]}, "messages.0.role: String should have at least 1 character"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+            "messages.0.tool_calls are not supported: this server calls none.",
+        ),
+        (
+            {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message and add_generation_prompt exclude each other.",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: content must be"),
-        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools: List should have at most 0 items"),
+        ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools is not supported: this server calls none;"),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice is not supported: this server calls none;"),
+        ({"messages": MESSAGES, "max_new_tokens": 5}, "max_new_tokens is not a known parameter; did you mean max_"),
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs needs logprobs to be true."),
     ],
 )
@@ -413,7 +432,7 @@ def test_what_is_refused_at_the_door_costs_no_work(
     app = create_app(LLMEngine(network, tokenizer, EngineConfig(max_num_seqs=1, max_queue_length=1)))
     context = app.state.context
 
-    def work(*_: object) -> None:
+    def work(*_: object, **__: object) -> None:
         raise AssertionError("work was done")
 
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -464,9 +483,9 @@ def test_the_time_to_the_first_token_includes_the_template(
     template = client.app.state.context.chat_template  # type: ignore[attr-defined]
     render = template.token_ids
 
-    def slowly(messages: Any, tokenizer: Tokenizer) -> Any:
+    def slowly(*given: Any, **options: Any) -> Any:
         time.sleep(0.05)
-        return render(messages, tokenizer)
+        return render(*given, **options)
 
     monkeypatch.setattr(template, "token_ids", slowly)
     chat(client)
@@ -478,3 +497,141 @@ def test_a_request_id_comes_back(client: TestClient) -> None:
     response = post(client, prompt="The fox", max_tokens=1, request_id="mine-1")
     assert response.json()["id"] == "cmpl-mine-1"
     assert response.headers["x-request-id"] == "mine-1"
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt", "field"),
+    [(COMPLETIONS, {"prompt": "The fox"}, "prompt"), (CHAT, {"messages": MESSAGES}, "messages")],
+)
+def test_a_prompt_that_is_too_long_is_known_as_such(
+    path: str, prompt: dict[str, Any], field: str, client: TestClient
+) -> None:
+    """litellm looks for the words, others for the code."""
+    response = post(client, path, **prompt, max_tokens=2**20)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == field
+    assert "this model's maximum context length is" in error["message"].lower()
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "a", "stream_options": {}}, "stream_options"),
+        ({"prompt": "a", "best_of": 1, "n": 2}, "best_of"),
+        ({"prompt": "a", "n": 33}, "n"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens"),
+        ({"prompt": "a", "nonsense": 1}, "nonsense"),
+        ({"prompt": "a", "stop": [5]}, "stop.0"),
+        ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
+        ({"messages": MESSAGES, "tools": [{}]}, "tools"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_errors_tell_their_field(body: dict[str, Any], field: str, client: TestClient) -> None:
+    response = post(client, CHAT if "messages" in body else COMPLETIONS, **body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+EMPTY_VALUES = {"functions": [], "web_search_options": {}, "audio": {}, "prediction": {}, "reasoning_effort": ""}
+EMPTY_VALUES |= {"verbosity": "", "function_call": "", "tool_choice": "", "tools": [], "modalities": []}
+# What vLLM's own clients send of its fields, and text-generation, litellm's proxy and llama.cpp's page of theirs.
+DEFAULTS: dict[str, Any] = {"use_beam_search": False, "skip_special_tokens": True, "length_penalty": 1.0}
+DEFAULTS |= {"spaces_between_special_tokens": True, "prompt_logprobs": None, "bad_words": [], "max_retries": 2}
+DEFAULTS |= {"cache_prompt": True, "dry_multiplier": 0.0, "no_stop_trim": False, "user": "me", "metadata": {"a": "b"}}
+CHAT_DEFAULTS: dict[str, Any] = {"tool_prompt": None, "echo": False, "add_generation_prompt": True, "documents": None}
+CHAT_DEFAULTS |= {"continue_final_message": False, "add_special_tokens": False, "chat_template_kwargs": None}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "The fox", **DEFAULTS, "suffix": "", "whatever_comes": None}),
+        (CHAT, {"messages": MESSAGES, **DEFAULTS, **CHAT_DEFAULTS, **EMPTY_VALUES, "whatever_comes": None}),
+        (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}], "tool_choice": "none"}),
+        (CHAT, {"messages": MESSAGES, "functions": [{"name": "f"}], "function_call": "none"}),
+    ],
+)
+def test_fields_of_peers_that_ask_for_nothing_are_taken(path: str, body: dict[str, Any], client: TestClient) -> None:
+    response = post(client, path, **body, max_tokens=1)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("name", ["skip_special_tokens", "cache_prompt", "use_beam_search", "echo"])
+def test_fields_of_peers_that_ask_for_something_are_refused(name: str, client: TestClient) -> None:
+    response = post(client, CHAT, messages=MESSAGES, **{name: not {**DEFAULTS, **CHAT_DEFAULTS}[name]})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(f"{name} is not supported: this server has no such thing")
+
+
+def test_a_chat_goes_on_from_its_last_message(network: LanguageModel, tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}({{ m.mood }}): {{ m.content | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    said = [{"role": "narrator", "content": "A story.", "mood": "calm"}, {"role": "assistant", "content": " The fox "}]
+    with TestClient(create_app(LLMEngine(network, tokenizer), chat_template=template)) as client:
+
+        def prompt(**options: Any) -> str:
+            answer = chat(client, messages=said, return_token_ids=True, **options)
+            ids = client.post("/tokenize", json={"messages": said, **options}).json()["tokens"]
+            assert ids == answer["prompt_token_ids"]
+            return tokenizer.decode(ids)
+
+        whole = "narrator(calm): A story.\nassistant(): The fox\n"
+        assert prompt() == f"{whole}assistant: "
+        assert prompt(add_generation_prompt=False) == whole
+        assert prompt(continue_final_message=True) == whole.rstrip()
+        assert prompt(continue_final_message=True, add_generation_prompt=False) == whole.rstrip()
+    silent = ChatTemplate("{{ messages[0].content }}")
+    with TestClient(create_app(LLMEngine(network, tokenizer), chat_template=silent)) as client:
+        refused = post(client, CHAT, messages=said, continue_final_message=True)
+        assert refused.json()["error"]["message"].startswith("continue_final_message: the model's chat template does")
+
+
+def test_keys_of_ids_are_there_also_if_they_were_not_asked_for(client: TestClient) -> None:
+    assert complete(client, max_tokens=1)["choices"][0]["token_ids"] is None
+    assert complete(client, max_tokens=1)["choices"][0]["prompt_token_ids"] is None
+    assert chat(client)["choices"][0]["token_ids"] is None
+    assert chat(client)["prompt_token_ids"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_long_answers_are_put_together_in_threads(
+    stream: bool, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they say is what short ones say, and the event loop has no part in it."""
+    monkeypatch.setattr(streaming, "PIECE", 100)
+    body: dict[str, Any] = {"prompt": "The fox", "echo": True, "logprobs": 3, "max_tokens": 9, "stream": stream}
+    body["return_token_ids"] = True
+
+    def texts() -> list[Any]:
+        if not stream:
+            return [choice | {"text": choice["text"]} for choice in complete(client, **body)["choices"]]
+        return [chunk["choices"] for chunk in chunks(post(client, temperature=0, **body), CompletionResponse)]
+
+    short = texts()
+    named: list[bool] = []
+
+    def named_in(*given: Any) -> str:
+        named.append(threading.current_thread() is loop_thread)
+        return token_name(*given)
+
+    assert client.portal is not None
+    loop_thread = client.portal.call(threading.current_thread)
+    monkeypatch.setattr(completions, "token_name", named_in)
+    monkeypatch.setattr(streaming, "LARGE_ANSWER", 0)
+    assert texts() == short
+    assert named
+    assert not (named[0] if stream else any(named))
+
+
+def test_what_text_generations_client_sends(client: TestClient) -> None:
+    """Its `chat` of text-generation-inference's main branch: every field it knows, most of them null."""
+    message = {"role": "user", "content": "The fox", "name": None, "tool_calls": None}
+    nulls = ["repetition_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "n", "seed", "tools"]
+    nulls += ["presence_penalty", "temperature", "top_p", "tool_prompt", "tool_choice", "stop", "response_format"]
+    body = {"model": "tgi", "messages": [message], "max_tokens": 4, "stream": False, **dict.fromkeys(nulls)}
+    assert post(client, CHAT, **body).json()["usage"]["completion_tokens"] <= 4
+    assert chunks(post(client, CHAT, **{**body, "stream": True}), ChatCompletionChunk)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.api.context import Context
-from server.api.messages import as_template_input
 from server.api.openai.errors import FINISH_REASONS, error_event
 from server.api.openai.protocol import ChatCompletionRequest
 from server.api.openai.serving import (
@@ -28,9 +27,9 @@ KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
 
 async def chat_completions(context: Context, http_request: Request, body: ChatCompletionRequest) -> Response:
-    messages, tokenizer = as_template_input(body.messages), context.engine.info.tokenizer
+    template, tokenizer = context.chat_template, context.engine.info.tokenizer
     with admit_body(http_request, context, body) as admission:
-        prompt = await asyncio.to_thread(context.chat_template.token_ids, messages, tokenizer)
+        prompt = await asyncio.to_thread(body.token_ids, body.messages, template, tokenizer)
         params = sampling_params(
             body,
             max_tokens=body.max_completion_tokens or body.max_tokens or _default_max_tokens(context, prompt),
@@ -40,11 +39,12 @@ async def chat_completions(context: Context, http_request: Request, body: ChatCo
     if body.stream:
         return await event_answer(http_request, call.streams, _events(call, body), error_event)
 
-    def respond(texts: list[list[Completion]]) -> Response:
-        content = {**call.head(KIND), "choices": [_choice(call, body, text) for text in texts[0]]}
-        return JSONResponse({**content, "usage": call.usage(), **_prompt_token_ids(call)})
+    def content(texts: list[list[Completion]]) -> dict[str, Any]:
+        choices = [_choice(call, body, text) for text in texts[0]]
+        # As vLLM has it, the key is there also if it was not asked for.
+        return {**call.head(KIND), "choices": choices, "usage": call.usage(), "prompt_token_ids": _prompt_ids(call)}
 
-    return await whole_answer(http_request, call.streams, respond)
+    return await whole_answer(http_request, call.streams, content)
 
 
 def _default_max_tokens(context: Context, prompt: list[int]) -> int:
@@ -53,7 +53,8 @@ def _default_max_tokens(context: Context, prompt: list[int]) -> int:
 
 
 def _choice(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text.text}, **_fields(call, body, text)}
+    message = {"role": "assistant", "content": text.text}
+    return {"message": message, "token_ids": None, **_fields(call, body, text)}
 
 
 def _fields(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[str, Any]:
@@ -61,15 +62,15 @@ def _fields(call: Call, body: ChatCompletionRequest, text: Completion) -> dict[s
     ended = text.finish_reason
     fields = {
         "index": text.index,
-        "logprobs": {"content": [_logprob(call, token) for token in text.tokens]} if body.logprobs else None,
+        "logprobs": {"content": (_logprob(call, token) for token in text.tokens)} if body.logprobs else None,
         "finish_reason": FINISH_REASONS[ended] if ended else None,
         "stop_reason": text.stop_reason,
     }
-    return fields | ({"token_ids": text.token_ids} if body.return_token_ids else {})
+    return fields | ({"token_ids": iter(text.token_ids)} if body.return_token_ids else {})
 
 
-def _prompt_token_ids(call: Call) -> dict[str, Any]:
-    return {"prompt_token_ids": call.streams[0].request.prompt_ids} if call.body.return_token_ids else {}
+def _prompt_ids(call: Call) -> Iterator[int] | None:
+    return iter(call.streams[0].request.prompt_ids) if call.body.return_token_ids else None
 
 
 async def _events(call: Call, body: ChatCompletionRequest) -> AsyncIterator[bytes]:
@@ -89,7 +90,8 @@ async def _events(call: Call, body: ChatCompletionRequest) -> AsyncIterator[byte
 
 def _first_chunk(call: Call, index: int) -> bytes:
     fields = {"index": index, "logprobs": None, "finish_reason": None}
-    return _chunk(call, {"role": "assistant", "content": ""}, fields, **_prompt_token_ids(call))
+    asked = {"prompt_token_ids": _prompt_ids(call)} if call.body.return_token_ids else {}
+    return _chunk(call, {"role": "assistant", "content": ""}, fields, **asked)
 
 
 def _chunk(call: Call, delta: dict[str, Any], fields: dict[str, Any], **others: Any) -> bytes:

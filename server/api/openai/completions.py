@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.api.context import Context
 from server.api.openai.errors import FINISH_REASONS, error_event
@@ -19,7 +21,7 @@ from server.api.openai.serving import (
     sampling_params,
     token_name,
 )
-from server.api.streaming import event_answer, read_all, sse, whole_answer
+from server.api.streaming import aside, event_answer, read_all, sse, whole_answer
 from server.engine import Completion, TopLogprobs, best
 
 DEFAULT_MAX_TOKENS = 16
@@ -50,15 +52,16 @@ async def completions(context: Context, http_request: Request, body: CompletionR
     if body.stream:
         return await event_answer(http_request, call.streams, _events(call, body), error_event)
 
-    def respond(texts: list[list[Completion]]) -> Response:
+    def content(texts: list[list[Completion]]) -> dict[str, Any]:
+        # As vLLM has it, the keys of ids are there also if they were not asked for.
         choices = [
-            _ChoiceWriter(call, body, prompt, i).write(text)
+            {"token_ids": None, "prompt_token_ids": None, **_ChoiceWriter(call, body, prompt, i).write(text)}
             for prompt, several in enumerate(texts)
             for i, text in enumerate(best(several, call.n))
         ]
-        return JSONResponse({**call.head(KIND), "choices": choices, "usage": call.usage()})
+        return {**call.head(KIND), "choices": choices, "usage": call.usage()}
 
-    return await whole_answer(http_request, call.streams, respond)
+    return await whole_answer(http_request, call.streams, content)
 
 
 async def _events(call: Call, body: CompletionRequest) -> AsyncIterator[bytes]:
@@ -67,11 +70,19 @@ async def _events(call: Call, body: CompletionRequest) -> AsyncIterator[bytes]:
     async for prompt, outputs in read_all(call.streams):
         events = []
         for output in outputs:
-            choice = writers[prompt][output.index].write(Completion.of(output))
-            if choice["text"] or choice["finish_reason"] or choice["logprobs"] or body.return_token_ids:
-                events.append(sse({**call.head(KIND), "choices": [choice], **call.chunk_usage()}))
+            writer, text = writers[prompt][output.index], Completion.of(output)
+            event = await aside(writer.num_tokens_before, partial(_event, call, writer, text))
+            if event is not None:
+                events.append(event)
         yield b"".join(events)
     yield call.last_events(KIND)
+
+
+def _event(call: Call, writer: _ChoiceWriter, text: Completion) -> bytes | None:
+    choice = writer.write(text)
+    if choice["text"] or choice["finish_reason"] or choice["logprobs"] or call.body.return_token_ids:
+        return sse({**call.head(KIND), "choices": [choice], **call.chunk_usage()})
+    return None
 
 
 class _ChoiceWriter:
@@ -83,45 +94,52 @@ class _ChoiceWriter:
         self._offsets = TextOffsets()
         self._has_started = False
 
+    @property
+    def num_tokens_before(self) -> int:
+        """Tokens of the prompt that the next piece tells."""
+        tells = self.body.echo or self.body.return_token_ids
+        return self.request.num_prompt_tokens if tells and not self._has_started else 0
+
     def write(self, text: Completion) -> dict[str, Any]:
-        """The next piece, which may be all of the text."""
-        before, scored, fields = self._start()
-        scored += [(token.token_id, token.logprob, token.top_logprobs or ()) for token in text.tokens]
+        """The next piece, which may be all of the text. Long lists are iterators."""
+        is_first, self._has_started = not self._has_started, True
+        echoes, ids = is_first and self.body.echo, self.request.prompt_ids
+        fields: dict[str, Any] = {}
         if self.body.return_token_ids:
-            fields["token_ids"] = text.token_ids
+            fields = {"prompt_token_ids": iter(ids)} if is_first else {}
+            fields["token_ids"] = iter(text.token_ids)
         return {
             "index": self.index,
-            "text": before + text.text,
-            "logprobs": None if self.body.logprobs is None else self._logprobs(scored),
+            "text": (self.tokenizer.decode(ids) if echoes else "") + text.text,
+            "logprobs": None if self.body.logprobs is None else self._logprobs(text, of_prompt=bool(echoes)),
             "finish_reason": FINISH_REASONS[text.finish_reason] if text.finish_reason else None,
             "stop_reason": text.stop_reason,
             **fields,
         }
 
-    def _start(self) -> tuple[str, list[ScoredToken], dict[str, Any]]:
-        """What comes before the generated text: text, tokens, fields. Nothing after the first call."""
-        if self._has_started:
-            return "", [], {}
-        self._has_started = True
-        ids = self.request.prompt_ids
-        fields: dict[str, Any] = {"prompt_token_ids": ids} if self.body.return_token_ids else {}
-        if not self.body.echo:
-            return "", [], fields
-        scored: list[ScoredToken] = [
-            (token_id, known.logprob if known else None, known.top_logprobs if known else ())
-            for token_id, known in zip(ids, self.request.prompt_logprobs or [None] * len(ids), strict=True)
-        ]
-        return self.tokenizer.decode(ids), scored, fields
+    def _scored(self, text: Completion, *, of_prompt: bool) -> Iterator[ScoredToken]:
+        if of_prompt:
+            ids = self.request.prompt_ids
+            for token_id, known in zip(ids, self.request.prompt_logprobs or repeat(None, len(ids)), strict=True):
+                yield token_id, known.logprob if known else None, known.top_logprobs if known else ()
+        for token in text.tokens:
+            yield token.token_id, token.logprob, token.top_logprobs or ()
 
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+    def _logprobs(self, text: Completion, *, of_prompt: bool) -> dict[str, Iterator[Any]]:
         """OpenAI's arrays, one entry for each token; the chosen token is among the most likely ones or besides them."""
-        arrays: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token_id, logprob, top in scored:
-            name = token_name(self.tokenizer, token_id)
+        tokenizer = self.tokenizer
+
+        def scored() -> Iterator[ScoredToken]:
+            return self._scored(text, of_prompt=of_prompt)
+
+        def most_likely(token_id: int, logprob: float | None, top: TopLogprobs) -> dict[str, float] | None:
             # The likelier of two tokens of the same name is the one that is told.
-            tops = {token_name(self.tokenizer, other): value for other, value in reversed(top)}
-            arrays["tokens"].append(name)
-            arrays["token_logprobs"].append(logprob)
-            arrays["top_logprobs"].append(None if logprob is None else {**tops, name: logprob})
-            arrays["text_offset"].append(self._offsets.next(self.tokenizer.token_bytes[token_id]))
-        return arrays
+            tops = {token_name(tokenizer, other): value for other, value in reversed(top)}
+            return None if logprob is None else {**tops, token_name(tokenizer, token_id): logprob}
+
+        return {
+            "tokens": (token_name(tokenizer, token_id) for token_id, _, _ in scored()),
+            "token_logprobs": (logprob for _, logprob, _ in scored()),
+            "top_logprobs": (most_likely(*token) for token in scored()),
+            "text_offset": (self._offsets.next(tokenizer.token_bytes[token_id]) for token_id, _, _ in scored()),
+        }

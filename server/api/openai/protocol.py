@@ -1,35 +1,64 @@
 """Bodies of OpenAI's contract, with the extensions that vLLM made common.
 
-Fields that only concern OpenAI's own bookkeeping (user, metadata, store ...) are taken and have no effect.
+What other servers' bodies have besides is in `peers`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 
-from server.api.messages import Message
-from server.api.validation import INT32, Body, SessionName, StopSequence, TokenId
+from server.api.messages import Messages, TemplateOptions
+from server.api.openai import peers
+from server.api.validation import INT32, Body, Peers, SessionName, StopSequence, TokenIds, wrong
 
 MAX_STOP_SEQUENCES = 16
 MAX_N = 128
 MAX_LOGPROBS = 20
+MAX_BIASES = 2**16
+TOKEN_ID = re.compile(r"^[0-9]{1,9}$")
+TOOL_CHOICES = {"tools": "tool_choice", "functions": "function_call"}
 
 
-def _to_prompts(value: Any) -> Any:
+def _to_prompts(value: Any, check: ValidatorFunctionWrapHandler) -> list[str | list[int]]:
     """Any of the four forms of a prompt as a list of texts or of lists of token ids."""
     if value is None:
         return [""]
-    if isinstance(value, str) or (isinstance(value, list) and value and _is_ids(value)):
-        return [value]
-    if isinstance(value, list) and value and all(isinstance(item, str) or _is_ids(item) for item in value):
-        return value
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    with contextlib.suppress(ValidationError):
+        if prompts := check(value):
+            found: list[str | list[int]] = prompts
+            return found
     raise ValueError("prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids")
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= INT32 for item in value)
+def _check_biases(value: Any) -> Any:
+    """Ends at the first that is wrong: there may be hundreds of thousands."""
+    if isinstance(value, dict):
+        if len(value) > MAX_BIASES:
+            raise ValueError(f"there must be at most {MAX_BIASES} biases, not {len(value)}")
+        for token_id, bias in value.items():
+            if not TOKEN_ID.fullmatch(token_id):
+                raise ValueError(f"{json.dumps(token_id[:80])} is not a token id")
+            if type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise ValueError(f"the bias of token {token_id} must be a number from -100 to 100")
+    return value
 
 
 def _to_list(value: Any) -> Any:
@@ -39,8 +68,8 @@ def _to_list(value: Any) -> Any:
 _TEXT = {"type": "string"}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32}}
 Prompts = Annotated[
-    list[str | list[TokenId]],
-    BeforeValidator(_to_prompts),
+    Annotated[list[str | TokenIds], Field(fail_fast=True)],
+    WrapValidator(_to_prompts),
     WithJsonSchema(
         {
             "anyOf": [
@@ -53,8 +82,12 @@ Prompts = Annotated[
         }
     ),
 ]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=TOKEN_ID.pattern)], Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(_check_biases),
+]
 Stop = Annotated[
-    Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES)] | None,
+    Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)] | None,
     BeforeValidator(_to_list),
     WithJsonSchema(
         {
@@ -146,7 +179,7 @@ class StructuredOutputs(Body):
     json_: AnySchema = Field(None, alias="json", description="A JSON schema, or its text")
     regex: str | None = None
     grammar: str | None = Field(None, description="In llama.cpp's form (GBNF) or Lark's")
-    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)] | None = None
     json_object: bool | None = None
 
     @model_validator(mode="after")
@@ -160,12 +193,12 @@ class StructuredOutputs(Body):
 class GenerationRequest(Body):
     """What /v1/completions and /v1/chat/completions have in common. Null means the default."""
 
+    prompt_field: ClassVar[str]  # what the prompt comes from
+
     model: str | None = None
     frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[FiniteFloat, Field(ge=-100, le=100)]] | None
-    ) = None
+    logit_bias: LogitBias | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stop = None
@@ -182,9 +215,9 @@ class GenerationRequest(Body):
     repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=1e6)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = None
     include_stop_str_in_output: bool | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     structured_outputs: StructuredOutputs | None = None
     regex: str | None = Field(None, description="As structured_outputs.regex; sglang's")
     ebnf: str | None = Field(None, description="As structured_outputs.grammar; sglang's")
@@ -200,33 +233,26 @@ class GenerationRequest(Body):
 
     session_id: SessionName = None
 
-    # Taken without effect
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream to be true")
+            raise wrong("stream_options", "stream_options needs stream to be true")
         has_format = self.response_format is not None and self.response_format.type != "text"
         given = (has_format or None, self.structured_outputs, self.regex, self.ebnf)
         if sum(value is not None for value in given) > 1:
-            raise ValueError("response_format, structured_outputs, regex and ebnf exclude each other")
+            raise wrong("response_format", "response_format, structured_outputs, regex and ebnf exclude each other")
         return self
 
 
 class CompletionRequest(GenerationRequest):
+    peers: ClassVar[Mapping[str, Peers]] = peers.COMPLETION
+    prompt_field: ClassVar[str] = "prompt"
+
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(None, description="16 if not given")
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool | None = Field(None, description="Whether the prompt is part of the text")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    suffix: None = Field(None, description="Refused: this server continues texts only")
     add_special_tokens: bool | None = Field(
         None, description="Whether a text follows the token that starts every text; true if not given"
     )
@@ -234,34 +260,34 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError("best_of must be at least n")
+            raise wrong("best_of", "best_of must be at least n")
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
-            raise ValueError("best_of above n is not possible in a stream")
+            raise wrong("best_of", "best_of above n is not possible in a stream")
         return self
 
 
-class ChatCompletionRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+class ChatCompletionRequest(TemplateOptions, GenerationRequest):
+    peers: ClassVar[Mapping[str, Peers]] = peers.CHAT
+    prompt_field: ClassVar[str] = "messages"
+
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(None, description="As max_completion_tokens")
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(None, description="1024 if not given")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Refused: this server calls none")
-    tool_choice: Literal["none", "auto"] | None = None
-    modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: bool | None = None
-    audio: None = None
-    functions: None = None
-    function_call: None = None
-    prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
-    web_search_options: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_tools_that_must_not_be_called(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        unused = [name for name, choice in TOOL_CHOICES.items() if fields.get(choice) == "none"]
+        return {name: value for name, value in fields.items() if name not in unused}
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise wrong("top_logprobs", "top_logprobs needs logprobs to be true")
         return self
 
 

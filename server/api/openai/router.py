@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -11,6 +9,7 @@ from server.api.context import Context, ContextOf
 from server.api.openai import chat, completions
 from server.api.openai.errors import RESPONSES
 from server.api.openai.protocol import (
+    ChatCompletionChunk,
     ChatCompletionRequest,
     ChatCompletionResponse,
     CompletionRequest,
@@ -18,21 +17,18 @@ from server.api.openai.protocol import (
     ModelCard,
     ModelList,
 )
-from server.api.streaming import EVENT_STREAM
+from server.api.openapi import stream
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
-STREAM: dict[str, Any] = {
-    "description": "With `stream`, server-sent events: chunks, then `[DONE]`",
-    "content": {EVENT_STREAM: {}},
-}
+STREAM = "With `stream`, server-sent events: chunks, then `[DONE]`"
 
 
 @router.post(
     "/completions",
     response_model=CompletionResponse,
-    responses={200: STREAM, **RESPONSES},
+    responses={200: stream(CompletionResponse, STREAM), **RESPONSES},
 )
 async def create_completion(body: CompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """Texts that go on from one prompt or several: a JSON object, or chunks if `stream` is true."""
@@ -42,13 +38,14 @@ async def create_completion(body: CompletionRequest, context: ContextOf, http_re
 @router.post(
     "/chat/completions",
     response_model=ChatCompletionResponse,
-    responses={200: STREAM, **RESPONSES},
+    responses={200: stream(ChatCompletionChunk, STREAM), **RESPONSES},
 )
 async def create_chat_completion(body: ChatCompletionRequest, context: ContextOf, http_request: Request) -> Response:
     """The next message of a chat: a JSON object, or chunks if `stream` is true."""
     return await chat.chat_completions(context, http_request, body)
 
 
+@router.get("/models/", include_in_schema=False)  # and no model with an empty name
 @router.get("/models", responses={401: RESPONSES[401]})
 def list_models(context: ContextOf) -> ModelList:
     """The one model that is served."""

@@ -32,6 +32,7 @@ from server.api.streaming import sse
 from server.api.submission import Prompt, Submission, admit, open_streams
 from server.api.turns import TextStream
 from server.engine import Admission
+from server.errors import PromptTooLongError
 
 SAMPLING_FIELDS = tuple(given.name for given in dataclasses.fields(SamplingParams))
 
@@ -121,7 +122,11 @@ async def open_call(
         cache_salt=body.cache_salt or "",
         streams=bool(body.stream),
     )
-    streams = await open_streams(http_request, context, admission, submission)
+    try:
+        streams = await open_streams(http_request, context, admission, submission)
+    except PromptTooLongError as error:
+        error.field = body.prompt_field
+        raise
     return Call(body, context, streams, f"{prefix}-{record_of(http_request).request_id}")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from server.api.tgi.errors import FinishReasonName
-from server.api.validation import Body, SessionName, StopSequence, validation_sentence
+from server.api.validation import NO_EFFECT, Body, Peers, SessionName, StopSequence, validation_sentence
+from server.engine.async_engine import TEXT_THREADS
 from server.errors import InvalidRequestError
 
 MAX_STOP_SEQUENCES = 16
@@ -28,8 +30,26 @@ class GrammarParameter(Body):
         return self
 
 
+# Of Hugging Face's inference API and of transformers, which clients of these send.
+PARAMETER_PEERS: Mapping[str, Peers] = {
+    "adapter_id": Peers((), "this server has no adapters"),
+    "num_return_sequences": Peers((1,), "best_of is what this server has"),
+    "num_beams": Peers((1,)),
+    "length_penalty": Peers((1,)),
+    "no_repeat_ngram_size": Peers((0,)),
+    "early_stopping": Peers((False,)),
+    "use_cache": Peers((True,)),
+    "return_text": Peers((True,)),
+    "return_tensors": Peers((False,)),
+    "clean_up_tokenization_spaces": Peers((False,)),
+    "stop_sequences": Peers(([],), "stop is what this server has"),
+}
+
+
 class GenerateParameters(Body):
     """Every field may be null, which means its default."""
+
+    peers: ClassVar[Mapping[str, Peers]] = PARAMETER_PEERS
 
     max_new_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(None, description="100 if not given")
     do_sample: bool | None = Field(None, description="Implied by temperature, top_k, top_p or typical_p")
@@ -41,7 +61,7 @@ class GenerateParameters(Body):
     frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
     grammar: GrammarParameter | None = Field(None, description="What the text must match")
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-    stop: Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES)] | None = Field(
+    stop: Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)] | None = Field(
         None, description="Generation ends before the first of these strings"
     )
     return_full_text: bool | None = Field(None, description="Whether generated_text starts with the inputs")
@@ -55,12 +75,10 @@ class GenerateParameters(Body):
     )
     decoder_input_details: bool | None = Field(None, description="Whether details tell the tokens of the inputs")
     watermark: bool | None = Field(None, description="Kirchenbauer et al. 2023")
-    adapter_id: str | None = Field(None, description="Refused: this server has no adapters")
+    ignore_eos_token: bool | None = Field(None, description="Whether the end-of-text token is one like others")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.adapter_id is not None:
-            raise ValueError("adapter_id is not supported: this server has no adapters; leave it out")
         if self.best_of is not None and self.best_of > 1:
             if self.seed is not None:
                 raise ValueError("best_of above 1 and seed exclude each other")
@@ -76,6 +94,9 @@ class GenerateParameters(Body):
 
 
 class GenerateRequest(Body):
+    # Of Hugging Face's inference API, and what proxies add for themselves.
+    peers: ClassVar[Mapping[str, Peers]] = {"options": NO_EFFECT, "max_retries": NO_EFFECT}
+
     inputs: str
     parameters: GenerateParameters | None = Field(
         None, description="Without this object tokens are sampled; with it, only if it asks for that"
@@ -199,6 +220,9 @@ class Info(BaseModel):
     max_input_tokens: int
     max_total_tokens: int
     max_client_batch_size: int
+    validation_workers: int = Field(TEXT_THREADS, description="Threads that tokenise long prompts")
+    sha: str | None = None
+    docker_label: str | None = None
     router: str = "aft-server"
     version: str
     variant: str

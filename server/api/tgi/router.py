@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.context import ContextOf
-from server.api.streaming import EVENT_STREAM
+from server.api.openapi import stream
 from server.api.tgi import serving
 from server.api.tgi.errors import RESPONSES
 from server.api.tgi.protocol import (
@@ -17,13 +16,11 @@ from server.api.tgi.protocol import (
     GenerateRequest,
     GenerateResponse,
     Info,
+    StreamEvent,
     StreamRequest,
 )
 
-STREAM: dict[str, Any] = {
-    "description": "With `stream`, server-sent events: `index`, `token`, `top_tokens`, `generated_text`, `details`",
-    "content": {EVENT_STREAM: {}},
-}
+STREAM = stream(StreamEvent, "With `stream`, server-sent events, one for each token")
 
 router = APIRouter(tags=["text-generation-inference"])
 
@@ -32,21 +29,22 @@ router = APIRouter(tags=["text-generation-inference"])
 async def generate(body: GenerateRequest, context: ContextOf, http_request: Request) -> Response:
     """Generate text: a JSON object, or server-sent events if `stream` is true."""
     if body.streams:
-        return await serving.stream(context, http_request, body)
+        return await serving.answer_in_events(context, http_request, body)
     return await serving.answer(context, http_request, body)
 
 
 @router.post("/generate_stream", response_class=Response, responses={200: STREAM, **RESPONSES})
 async def generate_stream(body: StreamRequest, context: ContextOf, http_request: Request) -> Response:
     """Generate text as server-sent events, one for each token."""
-    return await serving.stream(context, http_request, body)
+    return await serving.answer_in_events(context, http_request, body)
 
 
+@router.post("/invocations", response_model=list[GenerateResponse], responses={200: STREAM, **RESPONSES})
 @router.post("/", response_model=list[GenerateResponse], responses={200: STREAM, **RESPONSES})
 async def generate_list(body: GenerateRequest, context: ContextOf, http_request: Request) -> Response:
-    """As /generate, but the JSON answer is a list of one."""
+    """As /generate, but the JSON answer is a list of one. SageMaker posts to /invocations."""
     if body.streams:
-        return await serving.stream(context, http_request, body)
+        return await serving.answer_in_events(context, http_request, body)
     return await serving.answer(context, http_request, body, as_list=True)
 
 

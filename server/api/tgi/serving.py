@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from model.sampling import SEED_BITS, Grammar, SamplingParams
 from model.tokenizer import Tokenizer
@@ -17,16 +17,7 @@ from server.api.streaming import event_answer, whole_answer
 from server.api.submission import Submission, admit, open_streams
 from server.api.tgi import errors
 from server.api.tgi.errors import FINISH_REASONS
-from server.api.tgi.protocol import (
-    BestOfSequence,
-    Details,
-    GenerateParameters,
-    GenerateRequest,
-    GenerateResponse,
-    GrammarParameter,
-    PrefillToken,
-    Token,
-)
+from server.api.tgi.protocol import GenerateParameters, GenerateRequest, GrammarParameter
 from server.api.turns import TextStream
 from server.engine import Completion, TokenOutput, best
 from server.engine import Request as EngineRequest
@@ -49,6 +40,7 @@ def sampling_params(given: GenerateParameters) -> SamplingParams:
         seed=_or(given.seed, secrets.randbits(SEED_BITS)),
         stop=tuple(given.stop or ()),
         watermark=bool(given.watermark),
+        ignore_eos=bool(given.ignore_eos_token),
         logprobs=given.top_n_tokens or None,
         prompt_logprobs=0 if given.decoder_input_details else None,
         grammar=_grammar(given.grammar) if given.grammar else None,
@@ -70,15 +62,14 @@ def _grammar(given: GrammarParameter) -> Grammar:
 async def answer(context: Context, http_request: Request, body: GenerateRequest, *, as_list: bool = False) -> Response:
     (stream,) = streams = await _open(context, http_request, body)
 
-    def respond(completions: list[list[Completion]]) -> Response:
+    def content(completions: list[list[Completion]]) -> dict[str, Any] | list[dict[str, Any]]:
         found = whole(body, stream, completions[0], context.engine.info.tokenizer)
-        content = found.model_dump(exclude_none=not body.given.details)
-        return JSONResponse([content] if as_list else content)
+        return [found] if as_list else found
 
-    return await whole_answer(http_request, streams, respond)
+    return await whole_answer(http_request, streams, content)
 
 
-async def stream(context: Context, http_request: Request, body: GenerateRequest) -> Response:
+async def answer_in_events(context: Context, http_request: Request, body: GenerateRequest) -> Response:
     streams = await _open(context, http_request, body)
     events = _events(body, streams[0], context.engine.info.tokenizer)
     return await event_answer(http_request, streams, events, errors.error_event)
@@ -88,55 +79,52 @@ async def _open(context: Context, http_request: Request, body: GenerateRequest) 
     submission = Submission(
         prompts=[body.inputs],
         params=sampling_params(body.given),
-        model=body.given.adapter_id,
         session_id=body.session_id,
         truncate=body.given.truncate,
         streams=body.streams,
     )
-    with admit(http_request, context, model=submission.model) as admission:
+    with admit(http_request, context, model=None) as admission:
         return await open_streams(http_request, context, admission, submission)
 
 
 def whole(
     body: GenerateRequest, stream: TextStream, completions: list[Completion], tokenizer: Tokenizer
-) -> GenerateResponse:
+) -> dict[str, Any]:
+    """A GenerateResponse, whose long lists are iterators."""
     (chosen,) = best(completions, 1)
-    result = GenerateResponse(generated_text=body.prefix + chosen.text)
+    result: dict[str, Any] = {"generated_text": body.prefix + chosen.text}
     if body.given.details:
         request = stream.request
-        result.details = details(chosen, request.params, request.num_cached_tokens, tokenizer)
-        if request.params.prompt_logprobs is not None:
-            result.details.prefill = prefill(request, tokenizer)
-        if len(completions) > 1:
-            others = (text for text in completions if text is not chosen)
-            result.details.best_of_sequences = [_not_best(text, body, request.params, tokenizer) for text in others]
+        others = [text for text in completions if text is not chosen]
+        result["details"] = {
+            **sequence(chosen, request.params, tokenizer),
+            "cached_tokens": request.num_cached_tokens,
+            "prefill": _prefill(request, tokenizer) if request.params.prompt_logprobs is not None else [],
+            "best_of_sequences": [_not_best(text, body, request.params, tokenizer) for text in others] or None,
+        }
     return result
 
 
-def details(text: Completion, params: SamplingParams, num_cached_tokens: int, tokenizer: Tokenizer) -> Details:
+def sequence(text: Completion, params: SamplingParams, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is told of the best text and of the others alike."""
     assert text.finish_reason is not None
-    return Details(
-        finish_reason=FINISH_REASONS[text.finish_reason],
-        generated_tokens=len(text.tokens),
-        seed=_told_seed(params, text.index),
-        cached_tokens=num_cached_tokens,
-        tokens=[Token(**_token(token)) for token in text.tokens],
-        top_tokens=[[Token(**top) for top in _top_tokens(token, tokenizer)] for token in text.tokens]
-        if params.logprobs
-        else None,
-    )
+    return {
+        "finish_reason": FINISH_REASONS[text.finish_reason],
+        "generated_tokens": len(text.tokens),
+        "seed": _told_seed(params, text.index),
+        "prefill": [],
+        "tokens": map(_token, text.tokens),
+        "top_tokens": (_top_tokens(token, tokenizer) for token in text.tokens) if params.logprobs else None,
+    }
 
 
-def _not_best(text: Completion, body: GenerateRequest, params: SamplingParams, tokenizer: Tokenizer) -> BestOfSequence:
-    told = details(text, params, 0, tokenizer)
-    return BestOfSequence(generated_text=body.prefix + text.text, **told.model_dump(exclude={"best_of_sequences"}))
+def _not_best(text: Completion, body: GenerateRequest, params: SamplingParams, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"generated_text": body.prefix + text.text, **sequence(text, params, tokenizer)}
 
 
-def prefill(request: EngineRequest, tokenizer: Tokenizer) -> list[PrefillToken]:
-    return [
-        PrefillToken(id=token_id, text=tokenizer.token_text(token_id), logprob=known.logprob if known else None)
-        for token_id, known in zip(request.prompt_ids, request.prompt_logprobs, strict=True)
-    ]
+def _prefill(request: EngineRequest, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    for token_id, known in zip(request.prompt_ids, request.prompt_logprobs, strict=True):
+        yield {"id": token_id, "text": tokenizer.token_text(token_id), "logprob": known.logprob if known else None}
 
 
 async def _events(body: GenerateRequest, stream: TextStream, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
