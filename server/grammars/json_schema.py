@@ -309,9 +309,9 @@ def _exact_value(word: str, value: Any) -> Any:
 def _bound(word: str, value: Any) -> int | float:
     """A bound that no int64 can break keeps numbers within int64."""
     number = _number(word, value)
-    if word in LOWER and number <= -LARGEST_BOUND:
+    if word in LOWER and number < -LARGEST_BOUND:
         return -LARGEST_BOUND
-    if word in UPPER and number >= LARGEST_BOUND:
+    if word in UPPER and number > LARGEST_BOUND:
         return LARGEST_BOUND
     return _exact(word, value)
 
