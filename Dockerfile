@@ -1,9 +1,13 @@
+# syntax=docker/dockerfile:1
 # docs/operations.md, "Docker", says how to build and run it.
+
+# By content as well: --build-arg BASE=docker.io/library/python:3.11-slim-bookworm@sha256:...
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 # Empty. A build context of this name takes its place, a folder of wheels: --build-context wheels=FOLDER
 FROM scratch AS wheels
 
-FROM docker.io/library/python:3.11-slim-bookworm AS builder
+FROM ${BASE} AS builder
 # cpu, or cu130 for CUDA 13.0: one of https://download.pytorch.org/whl
 ARG VARIANT=cpu
 # 1 installs from the wheels alone
@@ -11,25 +15,28 @@ ARG PIP_NO_INDEX
 ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
 RUN python -m venv --without-pip /opt/venv
-COPY pyproject.toml .
-RUN python -c "import tomllib; \
-    project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    extras = project['optional-dependencies']; \
-    print(*project['dependencies'], *extras['redis'], *extras['tracing'], sep='\n')" > requirements.txt
+# What is installed is in this file, by version and content, but for other builds of PyTorch: of them the version.
 # Its headers and its own tests are a quarter of PyTorch.
+COPY requirements.lock .
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    pip --python /opt/venv install --index-url "https://download.pytorch.org/whl/$VARIANT" "$(grep ^torch requirements.txt)" \
+    sed ':a;/\\$/{N;s/\\\n//;ba}' requirements.lock > all.txt \
+    && grep ^torch== all.txt > torch.txt \
+    && index="https://download.pytorch.org/whl/$VARIANT" \
+    && if [ "$VARIANT-$(uname -m)" = cpu-x86_64 ]; \
+        then pip --python /opt/venv install --no-deps --require-hashes --index-url "$index" --requirement torch.txt; \
+        else pip --python /opt/venv install --index-url "$index" "$(grep -o '^torch==[0-9.]*' torch.txt)"; fi \
     && cd /opt/venv/lib/python3.11/site-packages/torch \
     && rm -rf include test bin/*[Tt]est* bin/protoc*
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    pip --python /opt/venv install --requirement requirements.txt
-COPY LICENSE README.md ./
+    grep -v ^torch== all.txt > requirements.txt \
+    && pip --python /opt/venv install --require-hashes --only-binary :all: --requirement requirements.txt
+COPY pyproject.toml LICENSE README.md ./
 COPY model model
 COPY server server
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    pip wheel --no-deps --wheel-dir /dist .
+    pip --python /opt/venv wheel --no-deps --no-build-isolation --wheel-dir /dist .
 
-FROM docker.io/library/python:3.11-slim-bookworm
+FROM ${BASE}
 LABEL org.opencontainers.image.title="aft-server" \
       org.opencontainers.image.description="A text-generation server for Attention Free Transformers" \
       org.opencontainers.image.licenses="Apache-2.0"

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: clients serve test image-test check format train
+.PHONY: clients serve test image-test check format train lock sbom
 
 serve: $(VENV)/.serve  ## start the server on the bundled weights; ARGS="--port 8080 --model DIR"
 	$(BIN)/aft serve $(ARGS)
@@ -19,6 +19,17 @@ check: $(VENV)/.test  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Where PyTorch's own index cannot be reached: LOCK_FROM="--find-links FOLDER", a folder with its wheel.
+LOCK_FROM ?= --torch-backend cpu
+lock:  ## requirements.lock: what the image installs, by version and content; needs uv
+	uv pip compile pyproject.toml --extra redis --extra tracing $(LOCK_FROM) --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" --upgrade --quiet --output-file requirements.lock
+
+sbom: $(VENV)/.test  ## build/sbom.json: the Python packages of the image, as CycloneDX
+	mkdir -p build
+	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible \
+		--output-file build/sbom.json
 
 clients: $(VENV)/.test  ## more clients of other servers, for tests/e2e/test_peers_clients.py; node's, if there is npm
 	$(PYTHON) -m venv $(VENV)/clients

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import torch
@@ -46,16 +46,20 @@ class Serving:
 
 @contextmanager
 def serving(
-    command: Sequence[str | Path], *, ready: str = "/ready", environment: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    *,
+    ready: str = "/ready",
+    environment: Mapping[str, str] | None = None,
+    log: IO[bytes] | int = subprocess.DEVNULL,
 ) -> Iterator[Serving]:
-    """A server, once it is ready. `--port` is added to its command."""
+    """A server, once it is ready. `--port` is added to its command; `log` gets what it writes to its standard error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url, started = f"http://127.0.0.1:{port}", time.perf_counter()
     environment = {**os.environ, **(environment or {})}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([*command, "--port", f"{port}"], env=environment, **quiet) as process:  # type: ignore[call-overload]
+    outputs = {"stdout": subprocess.DEVNULL, "stderr": log}
+    with subprocess.Popen([*command, "--port", f"{port}"], env=environment, **outputs) as process:  # type: ignore[call-overload]
         try:
             while not _answers(url + ready):
                 if process.poll() is not None:

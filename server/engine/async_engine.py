@@ -139,6 +139,7 @@ class AsyncEngine:
     async def drain(self, timeout: float) -> None:
         """Take no more requests; return when all have ended, or after `timeout` seconds."""
         self._draining = True
+        self._grammars.close()
         deadline = time.monotonic() + timeout
         while self._open and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -283,6 +284,9 @@ class AsyncEngine:
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
+        except InvalidRequestError:
+            self._check_ready()  # since its processes end when no more requests are taken
+            raise
         finally:
             self._grammar_turn.release()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -27,13 +27,17 @@ def engine(*arguments: str) -> str:
 
 
 def download_wheels(folder: Path) -> None:
-    """All that the image installs from PyPI, so that the build needs no index."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = pyproject["project"]["optional-dependencies"]
-    requirements = [*pyproject["build-system"]["requires"], *pyproject["project"]["dependencies"]]
-    requirements += [*extras["redis"], *extras["tracing"], "async-timeout"]  # the last for redis on Python 3.11.2
-    options = ["--quiet", "--python-version", "3.11", "--only-binary", ":all:", "--dest", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "download", *options, *requirements], check=True)
+    """All that the image installs, so that the build needs no index."""
+    lock = (ROOT / "requirements.lock").read_text().replace("\\\n", "")
+    lock = re.sub(r" ; python_full_version < '3\.11\.\d+'", "", lock)  # for any 3.11 that the image may have
+    options = ["--quiet", "--no-deps", "--require-hashes", "--python-version", "3.11", "--only-binary", ":all:"]
+    torch_index = ["--index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
+    for index, is_there in (([], False), (torch_index, True)):
+        lines = [line for line in lock.splitlines() if line.startswith("torch==") == is_there]
+        file = folder / "requirements.txt"
+        file.write_text("\n".join(lines))
+        command = [sys.executable, "-m", "pip", "download", *options, *index, "--dest", str(folder)]
+        subprocess.run([*command, "--requirement", str(file)], check=True)
 
 
 class Container:
