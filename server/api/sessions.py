@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from server.api.bodies import JSONRoute
 from server.api.context import ContextOf, owner_of
 from server.api.validation import Body, SessionId
 from server.stores import Session
@@ -22,7 +23,7 @@ FILE_BODY: dict[str, Any] = {
 }
 FILE_ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": {FILE: {}}}}
 
-router = APIRouter(prefix="/sessions", tags=["sessions"])
+router = APIRouter(prefix="/sessions", tags=["sessions"], route_class=JSONRoute)
 IMPORT_PATH = "/sessions/import"
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, model_validator
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
+from server.api.bodies import JSONRoute
 from server.api.context import Context, ContextOf
 from server.api.messages import TEMPLATE_PEERS, Message, Messages, TemplateOptions
 from server.api.streaming import BATCH, aside, json_answer, pieces_answer
@@ -23,7 +24,7 @@ from server.errors import InvalidRequestError
 ERRORS = (401, 404, 413, 422, 429, 503)
 MAX_LENGTH = 2**20  # characters or token ids of a request
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=JSONRoute)
 
 
 class TokenizeRequest(TemplateOptions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.testclient import TestClient
 
 from model import LanguageModel, Tokenizer
-from server.api import app
+from server.api import app, bodies
 from server.api.config import APIConfig
 from server.api.contracts import Contract, Contracts
 from server.api.errors import STATUSES, Problem
@@ -25,6 +26,7 @@ from server.errors import InvalidRequestError, OverloadedError
 from tests.test_layers import imported
 
 API = Path(app.__file__).parent
+JSON_TYPE = {"content-type": "application/json"}
 router = APIRouter(prefix="/v1/messages")
 
 
@@ -87,6 +89,38 @@ def test_contracts_depend_on_no_other_and_nothing_else_on_them() -> None:
     contracts = {folder.parent.name for folder in API.glob("*/__init__.py")}
     assert len(contracts) == len(app.CONTRACTS)
     for path in API.rglob("*.py"):
-        if path != API / "app.py":
+        if path not in (API / "app.py", API / "batch.py"):  # which reads files in the forms of both
             others = contracts - set(path.relative_to(API).parts)
             assert not [name for name in imported(path) for other in others if name.startswith(f"server.api.{other}")]
+
+
+def test_large_bodies_are_read_beside_the_event_loop(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And mean what small ones do."""
+    contents = [
+        *(b'{"inputs": "The f\\u00f6x", "parameters": {"max_new_tokens": 1}}', b'{"inputs": "a", "x": [1, 2.5, -1e3]}'),
+        *(
+            b'{"inputs": "a"',
+            b'{"inputs": "a"} b',
+            b'{"inputs": NaN}',
+            b"\xff",
+            b"[" * 10**4,
+            b'\xef\xbb\xbf{"inputs": "a"}',
+        ),
+    ]
+    read: list[str] = []
+
+    def loads(body: bytes) -> Any:
+        read.append(threading.current_thread().name)
+        return loads_patiently(body)
+
+    def answers() -> list[tuple[int, str]]:
+        given = [client.post("/generate", content=body, headers=JSON_TYPE) for body in contents]
+        return [(answer.status_code, answer.text) for answer in given if answer.status_code != 200]
+
+    loads_patiently = bodies._loads
+    small = answers()
+    monkeypatch.setattr(bodies, "_loads", loads)
+    monkeypatch.setattr(bodies, "LARGE", 0)
+    assert answers() == small
+    assert len(read) == len(contents)
+    assert all(name.startswith("json") for name in read)

@@ -21,7 +21,7 @@ from server.api.openai.serving import (
     sampling_params,
     token_name,
 )
-from server.api.streaming import aside, event_answer, read_all, sse, whole_answer
+from server.api.streaming import aside, event_answer, long_sse, read_all, sse, whole_answer
 from server.engine import Completion, TopLogprobs, best
 
 DEFAULT_MAX_TOKENS = 16
@@ -79,9 +79,10 @@ async def _events(call: Call, body: CompletionRequest) -> AsyncIterator[bytes]:
 
 
 def _event(call: Call, writer: _ChoiceWriter, text: Completion) -> bytes | None:
+    write = long_sse if writer.num_tokens_before else sse
     choice = writer.write(text)
     if choice["text"] or choice["finish_reason"] or choice["logprobs"] or call.body.return_token_ids:
-        return sse({**call.head(KIND), "choices": [choice], **call.chunk_usage()})
+        return write({**call.head(KIND), "choices": [choice], **call.chunk_usage()})
     return None
 
 

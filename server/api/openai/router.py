@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from server.api.bodies import JSONRoute
 from server.api.context import Context, ContextOf
 from server.api.openai import chat, completions
 from server.api.openai.errors import RESPONSES
@@ -19,7 +20,7 @@ from server.api.openai.protocol import (
 )
 from server.api.openapi import stream
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=JSONRoute)
 
 
 STREAM = "With `stream`, server-sent events: chunks, then `[DONE]`"

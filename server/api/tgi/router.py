@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from server.api.bodies import JSONRoute
 from server.api.context import ContextOf
 from server.api.openapi import stream
 from server.api.tgi import serving
@@ -22,7 +23,7 @@ from server.api.tgi.protocol import (
 
 STREAM = stream(StreamEvent, "With `stream`, server-sent events, one for each token")
 
-router = APIRouter(tags=["text-generation-inference"])
+router = APIRouter(tags=["text-generation-inference"], route_class=JSONRoute)
 
 
 @router.post("/generate", response_model=GenerateResponse, responses={200: STREAM, **RESPONSES})
