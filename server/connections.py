@@ -121,6 +121,7 @@ class _Transport:
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         self._transport, self._connection = transport, connection
+        self.write = transport.write  # for every token
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
