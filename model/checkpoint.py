@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError, TokenizationError
 from model.families import config_from_dict, family_of
 from model.language_model import LanguageModel
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import SentencePieceTokenizer, Tokenizer, hugging_face_files, load_tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -31,7 +31,16 @@ def save_checkpoint(path: Path | str, model: LanguageModel, tokenizer: Tokenizer
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     write_whole(folder / tokenizer.file_name, tokenizer.content)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        write_for_hugging_face(folder, tokenizer)
     save_tensors(folder / WEIGHTS_FILE, tensors)
+
+
+def write_for_hugging_face(folder: Path, tokenizer: SentencePieceTokenizer) -> None:
+    """The same tokenizer for programs that load it with AutoTokenizer; nothing here reads it."""
+    for name, content in hugging_face_files(tokenizer).items():
+        if name != "tokenizer_config.json" or not (folder / name).exists():  # that may have a chat template by now
+            write_whole(folder / name, content)
 
 
 def load_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:

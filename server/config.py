@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from server import BUNDLED_MODEL
+from server.api.browsers import is_local
 from server.api.config import APIConfig
 from server.engine import EngineConfig
 from server.errors import ConfigurationError
@@ -80,8 +81,13 @@ def server_config(
     """Of the options of `aft serve`, for any working folder. Raises ConfigurationError."""
     store = store if store is None or "://" in store else str(Path(store).resolve())
     config = make(ServerConfig, {**options, "store": store})
-    keys = _api_keys(api_keys, api_key_file)
-    return replace(config, api=replace(config.api, model_name=served_model_name or config.model.name, api_keys=keys))
+    api = replace(
+        config.api,
+        model_name=served_model_name or config.model.name,
+        api_keys=_api_keys(api_keys, api_key_file),
+        allowed_hosts=(*config.api.allowed_hosts, *([] if is_local(config.host) else [config.host])),
+    )
+    return replace(config, api=api)
 
 
 def _api_keys(given: str | None, path: Path | None) -> tuple[str, ...]:

@@ -38,6 +38,18 @@ class UnauthorizedError(ServerError):
     """The request has no valid API key."""
 
 
+class ForbiddenError(ServerError):
+    """A page in a browser asks that has no business here."""
+
+
+class UnsupportedEncodingError(ServerError):
+    """The body is compressed."""
+
+
+class SlowBodyError(ServerError):
+    """The client did not send its body in time."""
+
+
 class PayloadTooLargeError(ServerError):
     """The body has more bytes than this server reads."""
 

@@ -61,6 +61,7 @@ class Metrics:
         self._decode_time = self._seconds("request_decode_time_seconds", "From the first token to the last.")
         self._request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self._iteration_tokens = self._histogram("iteration_tokens_total", "Tokens decoded and read in a step.", TOKENS)
         self._params_n = self._histogram("request_params_n", "Texts that a request asks for.", TEXTS)
         self._params_max_tokens = self._histogram("request_params_max_tokens", "Tokens that it asks for.", TOKENS)
         self._counter("num_preemptions", "Never: a text that has started keeps its slot.")
@@ -92,6 +93,9 @@ class Metrics:
             self._inter_token_latency.observe(interval)
         elif stream.num_generated_tokens == 1 and stream.first_token_at is not None:
             self._time_to_first_token.observe(stream.first_token_at - stream.request.arrived_at)
+
+    def on_step(self, n_tokens: int) -> None:
+        self._iteration_tokens.observe(n_tokens)
 
     def on_close(self, stream: RequestStream) -> None:
         request, first = stream.request, stream.first_token_at

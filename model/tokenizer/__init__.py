@@ -4,6 +4,7 @@ from pathlib import Path
 
 from model.errors import TokenizationError
 from model.tokenizer.base import END_OF_TEXT, Tokenizer
+from model.tokenizer.export import hugging_face_files
 from model.tokenizer.hugging_face import HuggingFaceTokenizer
 from model.tokenizer.sentence_piece import SentencePieceTokenizer
 from model.tokenizer.world import WorldTokenizer
@@ -14,6 +15,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "WorldTokenizer",
+    "hugging_face_files",
     "load_tokenizer",
 ]
 
@@ -25,6 +27,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """path: a tokenizer's file, or a folder that has one. Raises TokenizationError."""
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        if found[:2] == [path / SentencePieceTokenizer.file_name, path / HuggingFaceTokenizer.file_name]:
+            del found[1]  # the same for programs of others
         found = found or [file for pattern in AUTHORS_NAMES for file in sorted(path.glob(pattern))]
         if len(found) != 1:
             which = ", ".join(file.name for file in found) or "none"

@@ -25,7 +25,10 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises nothing narrower
             raise TokenizationError(f"This is not a tokenizer of Hugging Face's library: {error}") from error
         if not _is_byte_level(described.get("decoder")):
-            raise TokenizationError("Only byte-level tokenizers can be used: the decoder must be ByteLevel.")
+            raise TokenizationError(
+                "Only byte-level tokenizers can be used: the decoder must be ByteLevel. "
+                "Sentencepiece models are read from tokenizer.model."
+            )
         self._tokenizer.encode_special_tokens = True  # what a user writes is text, whatever it spells
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -16,7 +16,7 @@ import sentencepiece
 from model.errors import TokenizationError
 from model.tokenizer.base import END_OF_TEXT, Tokenizer, as_utf8
 
-_SPACE = "\u2581"  # sentencepiece's stand-in for a space; a literal one must not come back as a space
+SPACE = "\u2581"  # sentencepiece's stand-in for a space; a literal one must not come back as a space
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -38,7 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
         byte_ids = {self._processor.IdToPiece(i): i for i in range(self.vocab_size) if self._processor.IsByte(i)}
         if self.end_of_text_id < 0 or len(byte_ids) != 256:
             raise TokenizationError("The sentencepiece model needs an end-of-sentence piece and byte fallback.")
-        self._space_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _SPACE.encode()]
+        self._space_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in SPACE.encode()]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -76,7 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         as_utf8(text)
         ids: list[int] = []
-        for i, part in enumerate(text.split(_SPACE)):
+        for i, part in enumerate(text.split(SPACE)):
             ids += (self._space_ids if i else []) + self._processor.EncodeAsIds(part)
         return ids
 
@@ -89,6 +89,20 @@ class SentencePieceTokenizer(Tokenizer):
         if self.vocab_size != vocab_size:
             raise TokenizationError(f"The tokenizer has {self.vocab_size} tokens, but vocab_size is {vocab_size}.")
 
+    @property
+    def unknown_id(self) -> int:
+        """Of the piece that no text has, since every character has bytes."""
+        return int(self._processor.unk_id())
+
+    def is_normal(self, token_id: int) -> bool:
+        """Whether the token is text, neither special nor a byte of its own."""
+        processor = self._processor
+        return not (processor.IsByte(token_id) or processor.IsControl(token_id) or processor.IsUnknown(token_id))
+
+    def score(self, token_id: int) -> float:
+        """Of several tokens that two others make, the one of the highest score is made first."""
+        return float(self._processor.GetScore(token_id))
+
     def _bytes_of(self, token_id: int) -> bytes:
         processor = self._processor
         if processor.IsByte(token_id):
@@ -96,7 +110,7 @@ class SentencePieceTokenizer(Tokenizer):
         if processor.IsControl(token_id) or processor.IsUnknown(token_id):
             return b""
         piece: str = processor.IdToPiece(token_id)
-        return piece.replace(_SPACE, " ").encode()
+        return piece.replace(SPACE, " ").encode()
 
 
 def _reason(error: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from model.checkpoint import write_whole
 from model.training.trainer import Record
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -92,8 +94,10 @@ def plot_history(path: Path, history: Sequence[Record]) -> bool:
         right.set(ylabel="validation, bits per character", ylim=(0, None))
         right.legend(loc="upper right")
     axes.legend(loc="upper center")
-    figure.savefig(path, dpi=120)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
     pyplot.close(figure)
+    write_whole(path, drawn.getvalue())
     return True
 
 

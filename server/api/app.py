@@ -12,13 +12,14 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import openapi, operations, tokenize, ui
+from server.api import openapi, operations, pages, tokenize
 from server.api import sessions as sessions_api
+from server.api.browsers import Hosts, Origins
 from server.api.chat_template import ChatTemplate
 from server.api.config import APIConfig
 from server.api.context import Context
 from server.api.contracts import Contracts
-from server.api.middleware import OPEN_PATHS, APIKeys, BodyLimit, RequestLog
+from server.api.middleware import APIKeys, BodyLimit, Head, RequestLog, RoutePath
 from server.api.openai import OPENAI
 from server.api.tgi import TGI
 from server.api.tracing import Tracer
@@ -28,6 +29,8 @@ from server.sessions import Sessions, SessionsConfig
 from server.stores import SessionStore, SQLiteSessionStore
 
 CONTRACTS = (TGI, OPENAI)
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/ui"})
+METRICS_PATHS = frozenset({"/metrics", "/openapi.json"}) | pages.DOCS_PATHS  # open unless they are to be protected
 
 
 def create_app(
@@ -75,7 +78,9 @@ def create_app(
         summary="Text generation with Attention Free Transformers",
         version=version("aft-server"),
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's loads from elsewhere
         redoc_url=None,
+        servers=[{"url": config.root_path}] if config.root_path else None,
     )
     app.state.context = Context(
         async_engine, config, metrics, chat_template or ChatTemplate(), sessions, int(time.time())
@@ -86,16 +91,25 @@ def create_app(
     app.include_router(sessions_api.router, responses=contracts.responses(sessions_api.ERRORS))
     app.include_router(tokenize.router, responses=contracts.responses(tokenize.ERRORS))
     app.include_router(operations.router)
-    app.include_router(ui.router)
-    open_paths = OPEN_PATHS if config.api_keys else None
-    app.openapi = lru_cache(1)(lambda: openapi.document(app, contracts, open_paths))  # type: ignore[method-assign]
+    app.include_router(pages.router)
+    open_paths = OPEN_PATHS if config.protect_metrics else OPEN_PATHS | METRICS_PATHS
+    with_keys = open_paths if config.api_keys else None
+    app.openapi = lru_cache(1)(lambda: openapi.document(app, contracts, with_keys))  # type: ignore[method-assign]
     contracts.add_error_handlers(app)
     # The last one added sees a request first.
+    app.add_middleware(Head)
     larger = {sessions_api.IMPORT_PATH: async_engine.info.file_bytes}  # what /export gives can always come back
-    app.add_middleware(BodyLimit, contracts=contracts, max_bytes=config.max_body_size, larger=larger)
+    app.add_middleware(
+        BodyLimit, contracts=contracts, max_bytes=config.max_body_size, larger=larger, timeout=config.read_timeout
+    )
     if config.api_keys:
-        app.add_middleware(APIKeys, contracts=contracts, keys=config.api_keys)
+        app.add_middleware(APIKeys, contracts=contracts, keys=config.api_keys, open_paths=open_paths)
+    else:
+        app.add_middleware(Hosts, contracts=contracts, allowed=config.allowed_hosts)
+    app.add_middleware(Origins, contracts=contracts, allowed=config.cors_origins)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestLog, contracts=contracts, metrics=metrics, tracer=tracer)
+    if config.root_path:
+        app.add_middleware(RoutePath, root_path=config.root_path)
     return app

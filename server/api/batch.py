@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,14 +31,8 @@ from server.api.tgi.protocol import parse_generate_request
 from server.api.validation import Body, validation_sentence
 from server.errors import InvalidRequestError
 
-# A line has one text, of which an answer tells the end, and no tokens.
-MEANINGFUL = frozenset(
-    {
-        *("inputs", "parameters"),
-        *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "typical_p", "seed", "stop", "best_of"),
-        *("repetition_penalty", "frequency_penalty", "grammar", "watermark", "return_full_text", "details"),
-    }
-)
+# An answer tells a text and its end, but no tokens.
+MEANINGLESS = ("stream", "session_id", "top_n_tokens", "decoder_input_details")
 TOLD_DETAILS = ("finish_reason", "generated_tokens", "seed", "cached_tokens")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Of every answer: what comes before its id, and what may come after.
@@ -104,10 +98,9 @@ def _own_request(fields: Any) -> tuple[str, dict[str, Any], list[str]]:
     """Path, body, and the names of those of its fields that would have no effect."""
     fields = {name: value for name, value in fields.items() if name != "id"} if isinstance(fields, dict) else fields
     body = parse_generate_request(fields)
-    given = {**body.model_dump(exclude_none=True), **body.given.model_dump(exclude_none=True)}
-    parameters = {**body.given.model_dump(exclude_none=True, by_alias=True), "details": True}
-    request = {"inputs": body.inputs, "parameters": parameters}
-    return "/generate", request, [name for name, value in given.items() if value and name not in MEANINGFUL]
+    given = body.given.model_dump(exclude_none=True, by_alias=True)
+    request = {"inputs": body.inputs, "parameters": {**given, "details": True}}
+    return "/generate", request, _meaningless({**body.model_dump(), **given})
 
 
 def _openai_request(fields: Any) -> tuple[str, dict[str, Any], list[str]]:
@@ -115,7 +108,11 @@ def _openai_request(fields: Any) -> tuple[str, dict[str, Any], list[str]]:
         line = OpenAILine.model_validate(fields)
     except ValidationError as error:
         raise InvalidRequestError(validation_sentence(error.errors())) from error
-    return line.url, line.body, [name for name in ("stream", "session_id") if line.body.get(name)]
+    return line.url, line.body, _meaningless(line.body, MEANINGLESS[:2])
+
+
+def _meaningless(given: Mapping[str, Any], names: Sequence[str] = MEANINGLESS) -> list[str]:
+    return [name for name in names if given.get(name)]
 
 
 def _openai_answer(custom_id: Any, given: Answer | InvalidRequestError) -> dict[str, Any]:
@@ -199,9 +196,11 @@ class Target:
     """The file of answers. Nothing is written before `open`, and what is no regular file is never read."""
 
     def __init__(self, path: Path, source: Path) -> None:
-        """Raises InvalidRequestError for the source itself, and for a file of anything else."""
+        """Raises InvalidRequestError for the source itself, a file of anything else, and where there can be none."""
         self.path, self._written, self._content = path, [], b""
         if not path.exists():
+            if not path.parent.is_dir():
+                raise InvalidRequestError(f"{path} must be in a folder that exists.")
             return
         if source.exists() and path.samefile(source):
             raise InvalidRequestError(f"{path} is the source, too; name another file for the answers.")

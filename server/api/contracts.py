@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from server.api.errors import FAILED, STATUSES, Kind, Problem, by_kind, problem_of
-from server.errors import InvalidRequestError, PayloadTooLargeError
+from server.errors import InvalidRequestError, PayloadTooLargeError, SlowBodyError
 
 RETRY_AFTER_SECONDS = "1"
 
@@ -45,7 +45,7 @@ class Contract:
         headers = {"Retry-After": RETRY_AFTER_SECONDS} if status in (429, 503) else {}
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if status == 413:
+        if status in (408, 413):
             headers["Connection"] = "close"  # the rest of the body is not read
         return JSONResponse(self.error_body(problem_of(error)), status, headers)
 
@@ -80,7 +80,7 @@ class Contracts:
         async def on_http_error(request: Request, error: Exception) -> JSONResponse:
             """Starlette's own: unknown paths and methods, and bodies that cannot be decoded."""
             assert isinstance(error, HTTPException)
-            if isinstance(error.__cause__, PayloadTooLargeError):  # raised while FastAPI read the body
+            if isinstance(error.__cause__, PayloadTooLargeError | SlowBodyError):  # raised while FastAPI read the body
                 return await on_error(request, error.__cause__)
             if error.status_code == 400:  # bytes that are not UTF-8, nesting too deep: as any other invalid body
                 return await on_error(

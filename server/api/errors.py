@@ -14,6 +14,7 @@ from server.api.validation import invalid_field, validation_sentence
 from server.errors import (
     BusySessionError,
     EngineDeadError,
+    ForbiddenError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
@@ -23,9 +24,11 @@ from server.errors import (
     QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
+    SlowBodyError,
     SlowReaderError,
     StoreUnavailableError,
     UnauthorizedError,
+    UnsupportedEncodingError,
 )
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,10 @@ STATUSES: Mapping[Kind, int] = {
     RequestValidationError: 422,
     UnauthorizedError: 401,
     NotFoundError: 404,
+    ForbiddenError: 403,
     PayloadTooLargeError: 413,
+    UnsupportedEncodingError: 415,
+    SlowBodyError: 408,
     BusySessionError: 409,
     QuotaError: 429,
     OverloadedError: 429,

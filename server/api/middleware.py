@@ -1,4 +1,4 @@
-"""What happens to every HTTP request before and after its route: an id, a log line, a trace, a key, a size limit."""
+"""What happens to every HTTP request before and after its route: id, log line, trace, key, limits of its body."""
 
 from __future__ import annotations
 
@@ -15,14 +15,45 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.contracts import Contracts
 from server.api.record import Record
 from server.api.tracing import Tracer
-from server.errors import PayloadTooLargeError, UnauthorizedError
+from server.errors import PayloadTooLargeError, ServerError, SlowBodyError, UnauthorizedError, UnsupportedEncodingError
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/ui", "/openapi.json", "/docs"})
 QUIET_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})  # asked for all the time; logged for debugging only
 GIVEN_ID = re.compile(rb"[!-~]{1,128}")
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+SLOWEST = 16 * 2**10  # bytes in a second of a body that is waited for
+
+
+class RoutePath:
+    """Takes away what a proxy has before every path, if the proxy does not: inside there are the routes' own."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self.app, self.root_path = app, root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{self.root_path}/"):
+            path = scope["path"][len(self.root_path) :] or "/"
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        await self.app(scope, receive, send)
+
+
+class Head:
+    """Answers HEAD as GET without its body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_without_body)
 
 
 class RequestLog:
@@ -50,7 +81,7 @@ class RequestLog:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started, record.status = True, message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode()), NO_SNIFFING]
             await send(message)
 
         try:
@@ -74,21 +105,24 @@ class RequestLog:
 
 
 class APIKeys:
-    """Refuses requests without one of the keys, all paths but OPEN_PATHS.
+    """Refuses requests without one of the keys, all but those of `open_paths`, and to read "/".
 
     A key is sent as Authorization: Bearer KEY, or as some clients have it, x-api-key: KEY.
     """
 
-    def __init__(self, app: ASGIApp, contracts: Contracts, keys: Sequence[str]) -> None:
-        self.app, self.contracts = app, contracts
+    def __init__(self, app: ASGIApp, contracts: Contracts, keys: Sequence[str], open_paths: frozenset[str]) -> None:
+        self.app, self.contracts, self.open_paths = app, contracts, open_paths
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._admit(scope):
+        if scope["type"] == "http" and not self._is_open(scope) and not self._admit(scope):
             error = UnauthorizedError("This server needs an API key: send it as Authorization: Bearer KEY.")
             await self.contracts.error_response(error, scope["path"])(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["path"] in self.open_paths or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
 
     def _admit(self, scope: Scope) -> bool:
         """Whether the key is known; `request.state.owner` then tells keys apart without telling them."""
@@ -106,32 +140,50 @@ def _digest(key: bytes) -> bytes:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes`, by their Content-Length or as soon as more has come.
+    """Refuses compressed bodies, and those of more than `max_bytes`: by Content-Length, or as soon as more has come.
+
+    A body has `timeout` seconds, and one more for each SLOWEST bytes that have come.
 
     larger: paths that take bodies of more, and of how many bytes.
     """
 
-    def __init__(self, app: ASGIApp, contracts: Contracts, max_bytes: int, larger: Mapping[str, int]) -> None:
+    def __init__(
+        self, app: ASGIApp, contracts: Contracts, max_bytes: int, larger: Mapping[str, int], timeout: float
+    ) -> None:
         self.app, self.contracts, self.max_bytes, self.larger = app, contracts, max_bytes, larger
+        self.timeout = timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        headers = dict(scope["headers"])
         max_bytes = max(self.max_bytes, self.larger.get(scope["path"], 0))
-        error = PayloadTooLargeError(f"The body must have at most {max_bytes} bytes.")
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        too_large = PayloadTooLargeError(f"The body must have at most {max_bytes} bytes.")
+        length = headers.get(b"content-length", b"0")
+        coding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        error: ServerError | None = None
         if not length.isdigit() or int(length[:20]) > max_bytes:
+            error = too_large
+        elif coding.lower() != "identity":
+            error = UnsupportedEncodingError(f"Content-Encoding must be identity or left out, not {coding[:100]!r}.")
+        if error:
             await self.contracts.error_response(error, scope["path"])(scope, receive, send)
             return
-        n_bytes = 0
+        loop = asyncio.get_running_loop()
+        started, n_bytes, has_more = loop.time(), 0, True
 
         async def limited() -> Message:
-            nonlocal n_bytes
-            message = await receive()
+            nonlocal n_bytes, has_more
+            try:
+                async with asyncio.timeout_at(started + self.timeout + n_bytes / SLOWEST if has_more else None):
+                    message = await receive()
+            except TimeoutError as late:
+                raise SlowBodyError(f"The body came too slowly: {n_bytes} bytes of it in time.") from late
             n_bytes += len(message.get("body", b""))
+            has_more = message.get("more_body", False)
             if n_bytes > max_bytes:
-                raise error
+                raise too_large
             return message
 
         await self.app(scope, limited, send)

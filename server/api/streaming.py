@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from server.api.config import APIConfig
 from server.api.turns import TextStream, close
 from server.engine import Completion, RequestOutput
-from server.errors import ServerError, SlowReaderError
+from server.errors import ServerError
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it is for the log
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -70,7 +69,7 @@ async def whole_answer(
     if completions is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     n_tokens = sum(stream.request.num_prompt_tokens + stream.num_generated_tokens for stream in streams)
-    return await aside(n_tokens, lambda: json_answer(http_request, content(completions)))
+    return await aside(n_tokens, lambda: json_answer(content(completions)))
 
 
 async def aside(n_tokens: int, work: Callable[[], T]) -> T:
@@ -78,18 +77,18 @@ async def aside(n_tokens: int, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if n_tokens > LARGE_ANSWER else work()
 
 
-def json_answer(http_request: Request, content: object) -> Response:
+def json_answer(content: object) -> Response:
     """Iterators are lists, made as they are written."""
-    return pieces_answer(http_request, json_pieces(content))
+    return pieces_answer(json_pieces(content))
 
 
-def pieces_answer(http_request: Request, pieces: Iterator[str]) -> Response:
+def pieces_answer(pieces: Iterator[str]) -> Response:
     """JSON from its pieces. What is long is written while it is sent, in threads."""
     larger = _gathered(pieces)
     first, second = next(larger), next(larger, None)
     if second is None:
         return Response(first, media_type=JSON)
-    return TimedResponse(chain((first, second), larger), JSON, _write_timeout(http_request))
+    return StreamingResponse(chain((first, second), larger), media_type=JSON)
 
 
 def json_pieces(content: object) -> Iterator[str]:
@@ -149,40 +148,14 @@ async def event_answer(
     if first is None:
         close(streams)
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return EventStream(_guarded(first, events, error_event), streams, _write_timeout(http_request))
+    return EventStream(_guarded(first, events, error_event), streams)
 
 
-class TimedResponse(StreamingResponse):
-    """write_timeout: seconds in which a client must have read enough for the next part to be sent."""
-
-    def __init__(
-        self,
-        parts: Iterator[bytes] | AsyncIterator[bytes],
-        media_type: str,
-        write_timeout: float,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(parts, media_type=media_type, headers=headers)
-        self.write_timeout = write_timeout
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises SlowReaderError if the client does not read in time."""
-
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self.write_timeout):
-                    await send(message)
-            except TimeoutError as error:
-                raise SlowReaderError(f"The client read nothing for {self.write_timeout:g} seconds.") from error
-
-        await super().__call__(scope, receive, send_in_time)
-
-
-class EventStream(TimedResponse):
+class EventStream(StreamingResponse):
     """Lets go of its requests however it ends, even if the client has left before the first event."""
 
-    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream], write_timeout: float) -> None:
-        super().__init__(events, EVENT_STREAM, write_timeout, STREAM_HEADERS)
+    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[TextStream]) -> None:
+        super().__init__(events, media_type=EVENT_STREAM, headers=STREAM_HEADERS)
         self.streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,11 +163,6 @@ class EventStream(TimedResponse):
             await super().__call__(scope, receive, send)
         finally:
             close(self.streams)
-
-
-def _write_timeout(http_request: Request) -> float:
-    config: APIConfig = http_request.app.state.context.config
-    return config.write_timeout
 
 
 def sse(content: object, prefix: str = "data: ") -> bytes:

@@ -125,10 +125,10 @@ async def tokenize(body: TokenizeRequest, context: ContextOf, http_request: Requ
     with admit(http_request, context, model=body.model):
         ids = await _text_ids(body, context)
     if body.inputs is not None:
-        return json_answer(http_request, placed(ids, tokenizer))
+        return json_answer(placed(ids, tokenizer))
     strings = map(tokenizer.piece, ids) if body.return_token_strs else None
     told = {"tokens": iter(ids), "count": len(ids), "max_model_len": context.engine.info.max_model_len}
-    return json_answer(http_request, {**told, "token_strs": strings})
+    return json_answer({**told, "token_strs": strings})
 
 
 @router.post("/chat_tokenize", response_model=ChatTokens)
@@ -138,7 +138,7 @@ async def chat_tokenize(body: ChatTokenizeRequest, context: ContextOf, http_requ
     with admit(http_request, context, model=body.model):
         ids = await _chat_ids(body, body.messages, context)
         text = await aside(len(ids), lambda: "".join(map(tokenizer.token_text, ids)))
-    return json_answer(http_request, {"tokenize_response": placed(ids, tokenizer), "templated_text": text})
+    return json_answer({"tokenize_response": placed(ids, tokenizer), "templated_text": text})
 
 
 @router.post("/detokenize", response_model=Text)
@@ -147,7 +147,7 @@ async def detokenize(body: DetokenizeRequest, context: ContextOf, http_request: 
     context.model_named(body.model)
     tokenizer, ids = context.engine.info.tokenizer, body.tokens
     await aside(len(ids), lambda: tokenizer.check(ids))
-    return pieces_answer(http_request, _text_pieces(ids, tokenizer))
+    return pieces_answer(_text_pieces(ids, tokenizer))
 
 
 @router.get("/tokenizer_info")

@@ -8,10 +8,10 @@ import socket
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 
 from server.assemble import assemble
 from server.config import ServerConfig, server_config
+from server.connections import uvicorn_config
 from server.draining import DrainingServer
 from server.errors import ConfigurationError
 from server.options import options_of
@@ -35,16 +35,14 @@ def _alone(config: ServerConfig) -> None:
     """Serve in this process."""
     check_address(config.host, config.port)
     application = assemble(config)
-    uvicorn_config = uvicorn.Config(
+    listening = uvicorn_config(
         application,
+        config.api,
         host=config.host,
         port=config.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
         timeout_graceful_shutdown=1,  # for clients that do not read; the others were waited for before
     )
-    DrainingServer(uvicorn_config, application.state.context.engine, config.drain_timeout).run()
+    DrainingServer(listening, application.state.context.engine, config.drain_timeout).run()
 
 
 def _on_ray(config: ServerConfig) -> None:

@@ -119,7 +119,7 @@ def run(config: ServerConfig) -> None:
     ray.init(include_dashboard=False)
     end = _signal_to_end()  # before there is anything to drain
     with contextlib.suppress(TimeoutError):  # Ray waits a minute for its proxy, which may come up later
-        serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+        serve.start(http_options=_http_options(config))
     try:
         handle = serve.run(deployed, name=NAME)
     except RuntimeError as error:
@@ -129,6 +129,15 @@ def run(config: ServerConfig) -> None:
     handle.broadcast("drain").results()
     serve.delete(NAME)
     ray.shutdown()
+
+
+def _http_options(config: ServerConfig) -> HTTPOptions:
+    certificate, key = config.api.ssl_certfile, config.api.ssl_keyfile
+    if certificate is None:
+        return HTTPOptions(host=config.host, port=config.port)
+    return HTTPOptions(
+        host=config.host, port=config.port, ssl_keyfile=str(key or certificate), ssl_certfile=str(certificate)
+    )
 
 
 def _signal_to_end() -> threading.Event:

@@ -53,6 +53,9 @@ class Observer(Protocol):
     def on_token(self, stream: RequestStream, interval: float | None) -> None:
         """A token came, `interval` seconds after the last one of its text, None for the first."""
 
+    def on_step(self, n_tokens: int) -> None:
+        """So many tokens were decoded and read in a step. Called by the engine's thread."""
+
     def on_close(self, stream: RequestStream) -> None:
         """A request was let go, done or not."""
 
@@ -136,6 +139,7 @@ class AsyncEngine:
     async def drain(self, timeout: float) -> None:
         """Take no more requests; return when all have ended, or after `timeout` seconds."""
         self._draining = True
+        self._grammars.close()
         deadline = time.monotonic() + timeout
         while self._open and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -280,6 +284,9 @@ class AsyncEngine:
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
+        except InvalidRequestError:
+            self._check_ready()  # since its processes end when no more requests are taken
+            raise
         finally:
             self._grammar_turn.release()
 
@@ -378,6 +385,8 @@ class AsyncEngine:
         try:
             outputs = self._engine.step()
             self._n_failed_steps = 0
+            if self._observer:
+                self._tell(self._observer.on_step, self._engine.num_step_tokens)
             return outputs
         except Exception:
             logger.exception("A step failed; what has started ends with it.")

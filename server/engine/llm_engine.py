@@ -68,6 +68,7 @@ class LLMEngine:
         self._processor = TokenProcessor(tokenizer)
         self.scheduler = Scheduler(n_slots=n_slots, chunk_size=self.config.chunk_size)
         self._running: list[Text] = []
+        self.num_step_tokens = 0  # decoded and read in the last step
         self._n_failures = {"decoding": 0, "reading": 0, "starting": 0}  # in a row
 
     @property
@@ -126,10 +127,12 @@ class LLMEngine:
         """Advance every running text by a token and some prompts by a chunk. What fails ends with an error output, and
         with it the requests that it was done for: those that decode, or the one that reads.
         """
+        self.num_step_tokens = self.num_running
         outputs = self._try("decoding", self._decode, self._decoding()) if self._running else []
         for request, n_slots in Counter(self.scheduler.admit()).items():
             outputs += self._try("starting", self._go_on, [request], request, n_slots)
         for request, end in list(self.scheduler.chunks(self.num_running)):
+            self.num_step_tokens += end - request.num_computed_tokens
             outputs += self._try("reading", self._read, [request], request, end)
         return outputs
 

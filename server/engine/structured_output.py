@@ -22,7 +22,7 @@ from server.errors import GenerationError, InvalidRequestError
 from server.grammars import sources
 from server.grammars.process import GrammarProcesses
 
-MAX_CACHED_GRAMMARS = 256
+MAX_CACHED_GRAMMARS = 32  # of up to 10 MB
 
 
 class Matcher:
@@ -62,8 +62,8 @@ class Matcher:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps those used last. May be called from any thread.
 
-    A grammar is first tried in a process of its own, which may take `timeout` seconds, since what llguidance makes of
-    one is not bounded: it may need minutes or gigabytes, or recurse until its process dies.
+    A grammar is first tried in a process of its own, and may take `timeout` seconds in all: what llguidance makes of it
+    is not bounded, and may need minutes or gigabytes, or recurse until its process dies.
     """
 
     def __init__(self, tokenizer: Tokenizer, timeout: float) -> None:

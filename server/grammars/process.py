@@ -25,7 +25,7 @@ STARTING = 60.0  # seconds
 class GrammarProcesses:
     """Tries grammars for one vocabulary. May be called from any thread. No process is there before the first grammar.
 
-    tokens: the bytes of each token; timeout: seconds for a grammar.
+    tokens: the bytes of each token; timeout: seconds for a grammar, half of which are left for compiling it again.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class GrammarProcesses:
             with self._turn:
                 found = self._ask({"kind": kind, "text": text})
         except TimeoutError as error:
-            raise InvalidRequestError(f"it took more than the {self._timeout:g} seconds it may take here") from error
+            raise InvalidRequestError(f"it takes more than the {self._timeout:g} seconds it may take here") from error
         except (EOFError, OSError) as error:
             raise InvalidRequestError("it takes more memory, or is nested more deeply, than it may here") from error
         if "problem" in found:
@@ -71,7 +71,7 @@ class GrammarProcesses:
             process = self._take()
             is_new = process.is_new
             try:
-                found = process.ask(job, self._timeout)
+                found = process.ask(job, self._timeout / 2)
             except (EOFError, OSError) as error:
                 self._drop(process)
                 if is_new or isinstance(error, TimeoutError):

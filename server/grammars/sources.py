@@ -41,7 +41,7 @@ def read(kind: str, text: str) -> str:
 
 def start(tokenizer: LLTokenizer, source: str) -> tuple[LLMatcher, str | None]:
     """A matcher at the start of a grammar, its first mask made, which costs most; and why nothing can follow, if so."""
-    matcher = LLMatcher(tokenizer, source, limits=LIMITS)
+    matcher = LLMatcher(tokenizer, source, limits=LIMITS, log_level=0)
     if not matcher.is_error():
         matcher.compute_logit_bias()
     return matcher, reason(matcher)

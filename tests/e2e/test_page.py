@@ -95,6 +95,15 @@ def test_a_refusal_is_shown(page: Page) -> None:
     expect(page.locator("#error")).to_contain_text("inputs must not be empty")
 
 
+def test_the_reference_needs_nothing_from_elsewhere(page: Page, bundled_url: str) -> None:
+    page.goto(f"{bundled_url}/docs")
+    expect(page.locator(".opblock-summary-path", has_text="/v1/chat/completions")).to_be_visible()
+    page.locator("#operations-operations-ready_ready_get").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
+
+
 @pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="SCREENSHOT=FILE draws the picture of the README")
 def test_screenshot(page: Page) -> None:
     page.get_by_label("Seed").fill("2")

@@ -30,9 +30,17 @@ def test_round_trip(variant: Variant, dtype: str, tokenizer: Tokenizer, tmp_path
     assert not loaded.training
     tokens = torch.arange(100).unsqueeze(0)
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.model"}
+    for_others = {"tokenizer.json", "tokenizer_config.json"}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.model"} | for_others
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model.config.family
     assert all(path.stat().st_mode & 0o044 for path in tmp_path.iterdir()), "other users must be able to read it"
+
+
+def test_a_chat_template_outlives_the_next_save(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "a"}')
+    save_checkpoint(tmp_path, random_model(tiny_config()), tokenizer)
+    assert (tmp_path / "tokenizer_config.json").read_text() == '{"chat_template": "a"}'
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from model import SentencePieceTokenizer, Tokenizer
 from model.errors import TokenizationError
-from model.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, WorldTokenizer, load_tokenizer
+from model.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, WorldTokenizer, hugging_face_files, load_tokenizer
 from tests.conftest import STORIES, byte_level_tokenizer
 
 WORLD_WORDS = ["Hello", " world", "wor", "world", "日本", "日", " worlds"]
@@ -38,6 +39,39 @@ def test_every_string_round_trips(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(ids) == text
     assert tokenizer.end_of_text_id not in ids
     assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
+
+
+BUNDLED = Path(__file__).parents[2] / "weights" / "aft-conv-stories"
+
+
+@pytest.fixture(scope="module")
+def bundled() -> tuple[SentencePieceTokenizer, Any]:
+    """The bundled tokenizer, and the same by AutoTokenizer."""
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(BUNDLED)
+    assert isinstance(ours, SentencePieceTokenizer)
+    return ours, transformers.AutoTokenizer.from_pretrained(BUNDLED)
+
+
+RUNS = st.lists(st.tuples(st.sampled_from(" .,-!aeo0\n\u2581\tTh"), st.integers(1, 9)).map(lambda run: run[0] * run[1]))
+WORDS = st.lists(
+    st.sampled_from(["Once", " upon", "the", "ing", "  ", "<unk>", "<0x0A>", "<|endoftext|>", "\u2581the"])
+)
+
+
+@given(text=st.one_of(st.text(), RUNS.map("".join), WORDS.map("".join)))
+def test_hugging_faces_form_gives_the_same_ids(bundled: tuple[SentencePieceTokenizer, Any], text: str) -> None:
+    ours, theirs = bundled
+    ids = ours.encode_text(text)
+    assert theirs(text).input_ids == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.end_of_text_id, ours.end_of_text_id, 2048)
+
+
+def test_hugging_faces_form_is_that_of_the_bundled_tokenizer() -> None:
+    ours = load_tokenizer(BUNDLED)
+    assert isinstance(ours, SentencePieceTokenizer)
+    assert {name: (BUNDLED / name).read_bytes() for name in hugging_face_files(ours)} == hugging_face_files(ours)
 
 
 def test_frequent_words_are_single_tokens(tokenizer: Tokenizer) -> None:
@@ -163,6 +197,12 @@ def test_other_tokenizer_files_are_refused(byte_level: HuggingFaceTokenizer, tmp
         (tmp_path / name).touch()
     with pytest.raises(TokenizationError, match=r"it has tokenizer.json, rwkv_vocab.txt"):
         load_tokenizer(tmp_path)
+
+
+def test_beside_a_sentencepiece_model_the_same_for_others_is_left_alone(words: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(words.content)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert load_tokenizer(tmp_path).content == words.content
 
 
 @pytest.mark.parametrize("vocab_size", [-3, 0, 1, 200, 100_000, 10**15])

@@ -545,9 +545,9 @@ def test_slow_grammars_take_no_threads_of_others_and_end_with_the_engine(tokeniz
         assert len(long) > LONG_PROMPT
         await generate(engine, SamplingParams(grammar=known))
         assert not any(task.done() for task in slow)
-        await asyncio.to_thread(engine.stop)
+        await engine.drain(0)
         for task in slow:
-            with pytest.raises((InvalidRequestError, ShuttingDownError)):
+            with pytest.raises(ShuttingDownError):
                 await task
 
     in_engine(tokenizer, main, grammar_timeout=10**6)
@@ -590,6 +590,10 @@ def test_an_observer_is_told_of_every_token_and_end(tokenizer: Tokenizer) -> Non
         def on_look_up(self, n_wanted: int, n_found: int) -> None:
             raise AssertionError("there is no store")
 
+        def on_step(self, n_tokens: int) -> None:
+            n_decoded_and_read.append(n_tokens)
+
+    n_decoded_and_read: list[int] = []
     engine = AsyncEngine(LLMEngine(random_model(tiny_config()), tokenizer), Recorder())
 
     async def main() -> None:
@@ -604,3 +608,4 @@ def test_an_observer_is_told_of_every_token_and_end(tokenizer: Tokenizer) -> Non
     assert told[:6] == [True, False, False, False, False, ["length"]]
     assert told[6] is True
     assert [] in told[7:]
+    assert n_decoded_and_read[1:5] == [1, 1, 1, 1]

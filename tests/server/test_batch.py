@@ -31,7 +31,7 @@ LINES = [
     "[" * 100_000,
     json.dumps({"id": "s", "inputs": "the fox", "session_id": "0" * 32}),
     json.dumps({"id": "t", "inputs": "the fox", "parameters": {"top_n_tokens": 2}}),
-    json.dumps({"id": "u", "inputs": "the fox", "parameters": {"truncate": 2}}),
+    json.dumps({"id": "u", "inputs": "the fox", "parameters": {"truncate": 2, "max_new_tokens": 2}}),
     json.dumps({"id": "d", "inputs": "the fox", "parameters": {"decoder_input_details": True}}),
     '{"id": "not UTF-8", "inputs": "\udcff"}',
     '{"id": NaN, "inputs": "the fox"}',
@@ -77,7 +77,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def target(checkpoint: Path, source: Path) -> Path:
     path = source.with_name("out.jsonl")
-    assert aft(checkpoint, source, path) == (1, f"3 written, 14 failed, see {path}")
+    assert aft(checkpoint, source, path) == (1, f"4 written, 13 failed, see {path}")
     return path
 
 
@@ -88,6 +88,7 @@ def test_every_line_is_answered(target: Path) -> None:
     assert answers[0]["details"]["seed"] is None
     assert answers["mine"]["generated_text"].startswith("a bird")
     assert answers[7]["details"]["seed"] == 3
+    assert answers["u"]["details"]["generated_tokens"] == 2
     assert answers[3]["error"].startswith("parameters.max_new_tokens: Input should be greater than or equal to 1")
     assert answers[4]["error"].startswith("The line is not JSON")
     assert answers[5]["error"].startswith("The body: Input should be a valid dictionary")
@@ -96,7 +97,7 @@ def test_every_line_is_answered(target: Path) -> None:
     assert answers[14]["error"].startswith("The line is not JSON: 'utf-8' codec can't decode byte 0xff")
     assert answers[15]["error"] == "The line is not JSON: NaN is not finite."
     assert answers[16]["error"] == "The line is not JSON: 1e999 is not finite."
-    refused = {"x": "stream", "s": "session_id", "t": "top_n_tokens", "u": "truncate", "d": "decoder_input_details"}
+    refused = {"x": "stream", "s": "session_id", "t": "top_n_tokens", "d": "decoder_input_details"}
     for item_id, field in refused.items():
         assert answers[item_id]["error"] == f"{field} has no meaning in a batch file; leave it out."
 
@@ -225,6 +226,11 @@ def test_the_source_is_no_target(tmp_path: Path) -> None:
     assert source.read_bytes() == ANSWER
 
 
+def test_a_target_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="must be in a folder that exists"):
+        Target(tmp_path / "none" / "out.jsonl", tmp_path / "in.jsonl")
+
+
 @pytest.mark.parametrize("mistake", ["model", "source", "target"])
 def test_nothing_is_made_or_changed_by_a_mistake(mistake: str, checkpoint: Path, source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
@@ -300,7 +306,7 @@ def test_a_stopped_run_goes_on(checkpoint: Path, source: Path, target: Path, tmp
     marked = json.dumps({"id": 0, "generated_text": "done before"}) + "\n"
     partial = tmp_path / "out.jsonl"
     partial.write_text(marked + next(line for line in whole if '"mine"' in line)[:-9])
-    assert aft(checkpoint, source, partial) == (1, f"2 written, 14 failed, see {partial}")
+    assert aft(checkpoint, source, partial) == (1, f"3 written, 13 failed, see {partial}")
     assert partial.read_text().startswith(marked)
     before, answers = by_id(target), by_id(partial)
     for told in (before["mine"], before[7], answers["mine"], answers[7]):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +98,7 @@ def test_grammars_are_limited(checkpoint: Path) -> None:
     with serving(checkpoint, EngineConfig(grammar_timeout=0.05)) as client:
         refused = client.post("/v1/completions", json={**OPENAI_BODY, "structured_outputs": {"json": SLOW_SCHEMA}})
         assert refused.status_code == 400
-        message = "structured_outputs.json cannot be followed: it took more than the 0.05 seconds it may take here."
+        message = "structured_outputs.json cannot be followed: it takes more than the 0.05 seconds it may take here."
         assert refused.json()["error"]["message"] == message
 
 
@@ -200,6 +202,7 @@ def test_metrics(checkpoint: Path) -> None:
     assert value("request_inference_time_seconds_count") == value("request_params_max_tokens_count") == 3
     assert (value("request_params_n_sum"), value("request_params_max_tokens_sum")) == (5, 6)
     assert value("num_preemptions_total") == 0
+    assert value("iteration_tokens_total_sum") >= 8  # a text's first token comes with its prompt
     assert value("cache_config_info", block_size=str(2**20), num_gpu_blocks="32") == 1
     assert values['aft:http_responses_total{status="200"}'] == "3.0"
     assert float(values["process_resident_memory_bytes"]) > 2**20
@@ -269,3 +272,136 @@ def test_health_and_readiness_part_while_draining(checkpoint: Path) -> None:
         engine.stop()
         assert client.get("/health").status_code == 503
         engine.stop = lambda: None
+
+
+def test_without_keys_the_server_answers_to_its_own_names_only(checkpoint: Path) -> None:
+    """A page whose name was made to point at this machine sends that name."""
+    ours = ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "192.168.1.5", "aft", "box.local", "a.test")
+    foreign = ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "a.test.evil.example", "[", "a.", "x@b.c")
+    with serving(checkpoint, allowed_hosts=("a.test",)) as client:
+        for host in ours:
+            assert client.get("/sessions", headers={"Host": host}).status_code == 200
+        for host in foreign:
+            for method, path in (("GET", "/sessions"), ("POST", "/v1/completions"), ("GET", "/health"), ("GET", "/ui")):
+                refused = client.request(method, path, headers={"Host": host})
+                assert refused.status_code == 403, (host, path)
+                assert "does not go by the name" in refused.text
+    for config in ({"allowed_hosts": ("*",)}, {"api_keys": ("key",)}):
+        options: dict[str, Any] = {**config}
+        with serving(checkpoint, **options) as client:
+            headers = {"Host": "evil.example", "Authorization": "Bearer key"}
+            assert client.get("/sessions", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({}, True),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://aft.example"}, True),  # a proxy may change the Host
+        ({"Sec-Fetch-Site": "none"}, True),
+        ({"Origin": "http://testserver"}, True),
+        ({"Origin": "https://friend.example", "Sec-Fetch-Site": "cross-site"}, True),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": "http://testserver:3000"}, False),
+        ({"Origin": "http://testserver.evil.example"}, False),
+        ({"Origin": "http://["}, False),
+        ({"Sec-Fetch-Site": "cross-site"}, False),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"}, False),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://testserver"}, False),
+    ],
+)
+def test_pages_of_other_origins_change_nothing(checkpoint: Path, headers: dict[str, str], allowed: bool) -> None:
+    with serving(checkpoint, cors_origins=("https://friend.example",)) as client:
+        made = client.post("/sessions", headers={**headers, "Content-Type": "text/plain"})
+        assert made.status_code == (201 if allowed else 403), made.text
+        generated = client.post("/v1/completions", headers=headers, json=OPENAI_BODY)
+        assert generated.status_code == (200 if allowed else 403)
+        session = client.post("/sessions").json()["session_id"]
+        assert client.delete(f"/sessions/{session}", headers=headers).status_code == (204 if allowed else 403)
+        assert client.get("/info", headers=headers).status_code == 200  # that a page can read it is CORS' to allow
+
+
+def test_no_answer_is_taken_for_what_it_is_not(checkpoint: Path) -> None:
+    with serving(checkpoint, max_body_size=1000) as client:
+        answers = [client.get(path) for path in ("/health", "/ui", "/none", "/v1/models", "/metrics", "/docs")]
+        answers += [client.post("/generate", json=BODY), client.post("/generate", content=b"x" * 2000)]
+        assert all(answer.headers["x-content-type-options"] == "nosniff" for answer in answers)
+
+
+@pytest.mark.parametrize("path", ["/ui", "/docs"])
+def test_a_page_runs_its_own_scripts_only(checkpoint: Path, path: str) -> None:
+    with serving(checkpoint) as client:
+        page = client.get(path)
+        policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+        assert "unsafe" not in str(policy["script-src"] + policy["default-src"])
+        for name in ("default-src", "frame-ancestors", "base-uri", "form-action"):
+            assert policy[name] == "'none'"
+        assert "//" not in re.sub(r"<script>.*</script>", "", page.text, flags=re.DOTALL)  # nothing from elsewhere
+        for found in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+            if not found.startswith("data:"):
+                assert client.get(f"/{found}").status_code == 200
+    assert client.get("/docs/setup.py").status_code == 404
+
+
+def test_the_root_is_a_page_for_browsers(checkpoint: Path) -> None:
+    with serving(checkpoint, api_keys=("key",)) as client:
+        page = client.get("/", headers={"Accept": "text/html,*/*;q=0.8"}, follow_redirects=False)
+        assert (page.status_code, page.headers["location"]) == (303, "/ui")
+        probe = client.get("/")
+        assert (probe.status_code, probe.text) == (200, "")
+        assert client.post("/", json=BODY).status_code == 401
+
+
+def test_head_is_get_without_its_body(checkpoint: Path) -> None:
+    with serving(checkpoint) as client:
+        for path in ("/", "/health", "/ready", "/v1/models", "/metrics", "/ui", "/openapi.json"):
+            answer = client.head(path)
+            assert (answer.status_code, answer.content) == (200, b"")
+        assert client.head("/v1/models").headers["content-length"] == client.get("/v1/models").headers["content-length"]
+        assert client.head("/none").status_code == 404
+        assert client.head("/generate").status_code == 405
+
+
+@pytest.mark.parametrize("prefix", ["", "/p/aft"])  # of a proxy that takes it away, and of one that keeps it
+def test_a_proxy_may_have_the_server_under_a_path(checkpoint: Path, prefix: str) -> None:
+    with serving(checkpoint, root_path="/p/aft", api_keys=("key",), max_body_size=1000) as client:
+        assert client.get(f"{prefix}/health").status_code == 200
+        root = client.get(f"{prefix}/", headers={"Accept": "text/html"}, follow_redirects=False)
+        assert root.headers["location"] == "/p/aft/ui"
+        assert client.get(f"{prefix}/openapi.json").json()["servers"] == [{"url": "/p/aft"}]
+        assert set(client.get(f"{prefix}/v1/models").json()["error"]) == {"message", "type", "param", "code"}
+        assert client.get(f"{prefix}/v1/models", headers={"x-api-key": "key"}).status_code == 200
+        assert client.get("/p/aft2/health", headers={"x-api-key": "key"}).status_code == 404
+
+
+@pytest.mark.parametrize("root_path", ["aft", "/aft/", "/", "/a b", "//x"])
+def test_a_root_path_that_is_none(root_path: str) -> None:
+    with pytest.raises(ConfigurationError, match="root_path must be like /aft"):
+        APIConfig(root_path=root_path)
+
+
+def test_a_slash_at_the_end_of_models_is_the_list(checkpoint: Path) -> None:
+    with serving(checkpoint) as client:
+        assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+
+
+def test_compressed_bodies_are_refused_as_such(checkpoint: Path) -> None:
+    with serving(checkpoint) as client:
+        for path in ("/generate", "/v1/completions"):
+            content = gzip.compress(json.dumps(BODY).encode())
+            headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+            refused = client.post(path, content=content, headers=headers)
+            assert refused.status_code == 415
+            assert "Content-Encoding must be identity or left out, not 'gzip'." in refused.text
+        assert client.post("/generate", json=BODY, headers={"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_metrics_can_be_protected(checkpoint: Path) -> None:
+    paths = ("/metrics", "/openapi.json", "/docs", "/docs/swagger-ui.css")
+    for protect in (False, True):
+        with serving(checkpoint, api_keys=("key",), protect_metrics=protect) as client:
+            for path in paths:
+                assert client.get(path).status_code == (401 if protect else 200)
+                assert client.get(path, headers={"x-api-key": "key"}).status_code == 200
+            assert client.get("/ready").status_code == client.get("/ui").status_code == 200

@@ -1,37 +1,9 @@
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
 from unittest import mock
 
 import pytest
 from fastapi.testclient import TestClient
-from starlette.types import Message
-
-from server.api.streaming import EventStream
-from server.errors import SlowReaderError
-
-
-def test_a_client_that_reads_nothing_does_not_keep_its_stream() -> None:
-    stream = mock.Mock()
-
-    async def events() -> AsyncIterator[bytes]:
-        yield b"data: 1"
-        raise AssertionError("nobody has read the first one")
-
-    async def receive() -> Message:
-        return await asyncio.Future()
-
-    async def send(message: Message) -> None:
-        if message.get("body"):
-            await asyncio.Future()
-
-    async def main() -> None:
-        with pytest.raises(SlowReaderError, match=r"read nothing for 0\.01 seconds"):
-            await EventStream(events(), [stream], write_timeout=0.01)({"type": "http"}, receive, send)
-
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
-    stream.close.assert_called_once()
 
 
 @pytest.mark.parametrize(

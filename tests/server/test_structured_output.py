@@ -161,7 +161,7 @@ def test_a_compiler_that_is_forgotten_leaves_no_process(tokenizer: Tokenizer) ->
 
 def test_a_slow_grammar_is_ended(tokenizer: Tokenizer) -> None:
     compiler = GrammarCompiler(tokenizer, 0.2)
-    with pytest.raises(InvalidRequestError, match=r"it took more than the 0\.2 seconds it may take here"):
+    with pytest.raises(InvalidRequestError, match=r"it takes more than the 0\.2 seconds it may take here"):
         compiler.compile(SLOW)
     assert pids(compiler) == []
 

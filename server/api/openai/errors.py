@@ -16,6 +16,7 @@ from server.engine import FinishReason
 from server.errors import (
     BusySessionError,
     EngineDeadError,
+    ForbiddenError,
     GenerationError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -26,9 +27,11 @@ from server.errors import (
     QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
+    SlowBodyError,
     SlowReaderError,
     StoreUnavailableError,
     UnauthorizedError,
+    UnsupportedEncodingError,
 )
 
 INVALID = "invalid_request_error"
@@ -41,6 +44,9 @@ NAMES: Mapping[Kind, tuple[str, str | None]] = {
     UnauthorizedError: ("authentication_error", "invalid_api_key"),
     NotFoundError: (INVALID, "not_found"),
     ModelNotFoundError: (INVALID, "model_not_found"),
+    ForbiddenError: ("permission_error", None),
+    UnsupportedEncodingError: (INVALID, None),
+    SlowBodyError: ("timeout_error", "slow_body"),
     PayloadTooLargeError: (INVALID, "payload_too_large"),
     BusySessionError: (INVALID, "busy_session"),
     QuotaError: ("rate_limit_error", "quota"),
@@ -76,7 +82,8 @@ class OpenAIErrorResponse(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIErrorResponse} for status in (400, 401, 404, 409, 413, 424, 429, 500, 503, 504)
+    status: {"model": OpenAIErrorResponse}
+    for status in (400, 401, 403, 404, 408, 409, 413, 415, 424, 429, 500, 503, 504)
 }
 
 

@@ -45,6 +45,7 @@ async def create_chat_completion(body: ChatCompletionRequest, context: ContextOf
     return await chat.chat_completions(context, http_request, body)
 
 
+@router.get("/models/", include_in_schema=False)  # and no model with an empty name
 @router.get("/models", responses={401: RESPONSES[401]})
 def list_models(context: ContextOf) -> ModelList:
     """The one model that is served."""

@@ -15,6 +15,7 @@ from server.engine import FinishReason
 from server.errors import (
     BusySessionError,
     EngineDeadError,
+    ForbiddenError,
     GenerationError,
     InvalidRequestError,
     NotFoundError,
@@ -23,9 +24,11 @@ from server.errors import (
     QuotaError,
     RequestTimeoutError,
     ShuttingDownError,
+    SlowBodyError,
     SlowReaderError,
     StoreUnavailableError,
     UnauthorizedError,
+    UnsupportedEncodingError,
 )
 
 ErrorType = Literal["validation", "generation", "overloaded", "incomplete_generation"]
@@ -37,6 +40,9 @@ TYPES: Mapping[Kind, ErrorType] = {
     RequestValidationError: "validation",
     UnauthorizedError: "validation",
     NotFoundError: "validation",
+    ForbiddenError: "validation",
+    UnsupportedEncodingError: "validation",
+    SlowBodyError: "validation",
     PayloadTooLargeError: "validation",
     BusySessionError: "validation",
     QuotaError: "overloaded",
@@ -63,7 +69,7 @@ class ErrorResponse(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (401, 404, 409, 413, 422, 424, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (401, 403, 404, 408, 409, 413, 415, 422, 424, 429, 500, 503, 504)
 }
 
 
