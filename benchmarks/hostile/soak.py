@@ -106,7 +106,10 @@ def soak(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """names: of attacks, each of which comes once in a round. calm: seconds before the first. `say` is told how it goes."""
+    """names: of attacks, each of which comes once in a round. calm: seconds before the first.
+
+    `say` is told how it goes.
+    """
     context = multiprocessing.get_context("spawn")
     news: Queue[tuple[str, str]] = context.Queue()
     ready, stop = context.Event(), context.Event()
