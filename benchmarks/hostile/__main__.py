@@ -24,6 +24,7 @@ def main(
     options: Annotated[str, typer.Option(help="More options of `aft serve`.")] = "",
     out: Annotated[Path | None, typer.Option(help="A JSON file for all of it.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Of all attacks, if they take less time.")] = None,
+    calm: Annotated[float, typer.Option(min=0, help="Seconds before the first attack, for comparison.")] = 20,
     seed: int = 0,
 ) -> None:
     """Ends with status 1 if a target is missed."""
@@ -31,7 +32,14 @@ def main(
     if not names:
         raise typer.BadParameter("only and without leave no attack.")
     report = soak(
-        seconds, workers, names, options.split(), rounds=rounds, seed=seed, say=lambda line: print(line, flush=True)
+        seconds,
+        workers,
+        names,
+        options.split(),
+        rounds=rounds,
+        calm=calm,
+        seed=seed,
+        say=lambda line: print(line, flush=True),
     )
     print_table(report)
     if out:

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import httpx2
 
 ADDRESS = "127.0.0.2"  # the attacker's own, so that limits for each address are his alone
-PATIENCE = 60  # seconds for an answer, and in which a connection that says nothing whole should be closed
+PATIENCE = 60  # seconds in which a connection that says nothing whole should be closed
+ANSWER = 300  # seconds for an answer, which may be long
 REFUSED = frozenset({400, 404, 405, 408, 411, 413, 414, 415, 422, 424, 431, 501})
 BUSY = frozenset({429, 503, 504})
 SERVED = frozenset({200, 201, 204})
@@ -57,7 +58,7 @@ class Attacker:
         self.client = httpx2.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"},
-            timeout=PATIENCE,
+            timeout=ANSWER,
             transport=httpx2.AsyncHTTPTransport(local_address=ADDRESS, limits=limits),
         )
         parts = urlsplit(url)
@@ -73,7 +74,7 @@ class Attacker:
         try:
             response = await self.client.request(method, path, **options)
         except httpx2.TimeoutException as error:
-            raise UnansweredError(f"{method} {path}: no answer within {PATIENCE} seconds") from error
+            raise UnansweredError(f"{method} {path}: no answer within {ANSWER} seconds") from error
         except httpx2.TransportError:
             return None
         self.check(response, f"{method} {path}")
@@ -155,7 +156,7 @@ class Attacker:
                     self.check(response, path)
                 yield response
         except httpx2.TimeoutException as error:
-            raise UnansweredError(f"{path}: no answer within {PATIENCE} seconds") from error
+            raise UnansweredError(f"{path}: no answer within {ANSWER} seconds") from error
         except httpx2.TransportError:
             yield None
 

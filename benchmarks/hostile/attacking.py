@@ -38,15 +38,20 @@ def run(
     workers: int,
     names: list[str],
     rounds: int | None,
+    calm: float,
     seed: int,
     news: Queue[tuple[str, str]],
     ready: Event,
     stop: Event,
     results: Any,
 ) -> None:
-    """The attacker's process. It gives way to the others, since an attacker has a machine of his own."""
+    """The attacker's process, which does nothing for the first `calm` seconds.
+
+    It gives way to the others, since an attacker has a machine of his own.
+    """
     os.nice(10)
     ready.wait()
+    stop.wait(calm)
     attacker = Attacker(url, key, seed)
     results.send(asyncio.run(_attack(attacker, workers, deck(names, rounds, attacker.chance), news, stop)))
 

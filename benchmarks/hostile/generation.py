@@ -111,7 +111,7 @@ async def wide_by_length(self: Attacker) -> str:
 
 @attack
 async def wide_by_logprobs(self: Attacker) -> str:
-    return await self.complete(max_tokens=5000, ignore_eos=True, logprobs=20)
+    return await self.complete(max_tokens=2000, ignore_eos=True, logprobs=20)
 
 
 ALLOWED_IDS = json.dumps(
@@ -132,7 +132,7 @@ async def wide_by_biases(self: Attacker) -> str:
 
 @attack
 async def wide_by_prompts(self: Attacker) -> str:
-    prompts = [words(self.chance.getrandbits(32), 20) for _ in range(80)]
+    prompts = [words(self.chance.getrandbits(32), 20) for _ in range(48)]
     return await self.complete(prompt=prompts, logit_bias={str(i): 1.0 for i in range(2048)}, max_tokens=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
 import statistics
@@ -27,6 +28,7 @@ KEYS = ("ordinary-key", "hostile-key")
 OPTIONS = ("--max-sessions", "1000", "--max-queue-length", "64", "--prefix-cache", "64")
 LONGEST_GAP, MOST_GROWTH = 0.5, 0.02  # seconds; of memory
 WARM_UP = 0.2  # of the time
+SAMPLED = 0.5  # seconds between two looks at the memory
 
 
 @dataclass
@@ -48,9 +50,15 @@ class Report:
         return max((gap for _, gap in self.seen.gaps), default=0.0)
 
     @property
+    def longest_calm_gap(self) -> float:
+        """Before the first attack: what the machine itself does to a stream."""
+        first = min((one.begun for one in self.attempts), default=math.inf)
+        return max((gap for end, gap in self.seen.gaps if end < first), default=0.0)
+
+    @property
     def growth(self) -> float | None:
         """Of the median memory from the first fifth after the warm-up to the last; None where a run was too short."""
-        if len(self.memory) < 50:
+        if len(self.memory) < 10 * 60 / SAMPLED:
             return None
         sizes = [size for _, size in self.memory]
         fifth = int(len(sizes) * WARM_UP)
@@ -72,7 +80,10 @@ class Report:
             "ordinary requests that failed": seen.failures,
             "left running at the end": [self.left_behind] if self.left_behind else [],
         }
-        gap = f"{self.longest_gap:.3f} s of {len(seen.gaps)} (clients themselves: {seen.own_delay:.3f} s)"
+        gap = (
+            f"{self.longest_gap:.3f} s of {len(seen.gaps)} (before the first attack {self.longest_calm_gap:.3f} s, "
+            f"by the clients themselves {seen.own_delay:.3f} s)"
+        )
         return [
             (f"longest gap of ordinary streams < {LONGEST_GAP} s", gap, self.longest_gap < LONGEST_GAP),
             (
@@ -91,10 +102,14 @@ def soak(
     options: list[str],
     *,
     rounds: int | None = None,
+    calm: float = 0.0,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """names: of attacks, each of which comes once in a round. `say` is told how it goes."""
+    """names: of attacks, each of which comes once in a round. calm: seconds before the first.
+
+    `say` is told how it goes.
+    """
     context = multiprocessing.get_context("spawn")
     news: Queue[tuple[str, str]] = context.Queue()
     ready, stop = context.Event(), context.Event()
@@ -107,7 +122,7 @@ def soak(
             ours, theirs = context.Pipe()
             seen = context.Process(target=ordinary.run, args=(server.url, KEYS[0], news, ready, stop, theirs))
             hostile_ours, hostile_theirs = context.Pipe()
-            arguments = (server.url, KEYS[1], workers, names, rounds, seed, news, ready, stop, hostile_theirs)
+            arguments = (server.url, KEYS[1], workers, names, rounds, calm, seed, news, ready, stop, hostile_theirs)
             hostile = context.Process(target=attacking.run, args=arguments)
             for process, end in ((seen, theirs), (hostile, hostile_theirs)):
                 process.start()
@@ -141,7 +156,7 @@ def watch(server: Serving, stop: Event, seconds: float, say: Callable[[str], Non
         if now - told > 60:
             told = now
             say(f"{end - now:6.0f} s to go, {size / 2**20:.0f} MiB resident")
-        time.sleep(0.5)
+        time.sleep(SAMPLED)
 
 
 def resident_bytes(pid: int) -> int:
