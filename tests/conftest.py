@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from model.tokenizer import END_OF_TEXT
 
 # Tiny tensors gain nothing from a second thread, and waiting for it makes tests on two cores several times slower.
 torch.set_num_threads(1)
+
+# Shells start what is in the background with it ignored, and so would be every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes, or takes to make, says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -90,7 +90,7 @@ def test_two_processes_give_the_losses_of_one(text: Path, tmp_path: Path) -> Non
     [
         (["--data", "nowhere.txt"], "error: "),
         (["--data", "x.txt:-1"], "error: data must be PATH or PATH:REPEATS"),
-        (["--data", "x.txt", "--steps", "0"], "error: steps must be at least 1, not 0."),
+        (["--data", "x.txt", "--steps", "0"], "error: steps must be from 1 to 2147483647, not 0."),
         (
             ["--data", "TEXT", "--validation", "TEXT", "--variant", "full", *SETTINGS, "--max-positions", "16"],
             "tokens of a validation document, not 16.",
