@@ -76,6 +76,13 @@ def read(text: str) -> str:
         raise SchemaError("it is nested too deeply") from error
 
 
+def expression(text: str) -> str:
+    """A regular expression as it is. Raises SchemaError for a backslash at its end, which llguidance leaves out."""
+    if (len(text) - len(text.rstrip("\\"))) % 2:
+        raise SchemaError(f"{_shown(text)} ends with a lone backslash")
+    return text
+
+
 def _decimal(text: str) -> Decimal:
     try:
         number = Decimal(text)
@@ -209,8 +216,12 @@ class _Reader:
         return found
 
     def _word(self, word: str, value: Any, shared: Names | None) -> Mapping[str, Any]:
+        if word == "pattern":
+            return {word: expression(_string(word, value))}
         if word in MAPS:
             parts = _dict(word, value).items()
+            for name in value if word == "patternProperties" else ():
+                expression(name)
             return {word: {name: self._within(part, name, shared) for name, part in parts}}
         if word in NESTED or word in LISTS:
             is_list = word in LISTS or (word == "items" and isinstance(value, list))

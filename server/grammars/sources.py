@@ -28,7 +28,7 @@ NOT_IN_GRAMMARS = re.compile(r"%(json|llguidance)\b")
 def read(kind: str, text: str) -> str:
     """A grammar for `matcher`. Raises ValueError, whose message is a clause; what is left is for `reason` to find."""
     if kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
+        return LLMatcher.grammar_from_regex(json_schema.expression(text))
     if kind == "json_schema":
         return LLMatcher.grammar_from_json_schema(json_schema.read(text), defaults=JSON_FORMAT)
     if found := NOT_IN_GRAMMARS.search(text):

@@ -87,6 +87,8 @@ def test_it_may_be_called_from_many_threads(compiler: GrammarCompiler) -> None:
         (Grammar("regex", r"(a)\1"), "backreferences are not supported"),
         (Grammar("regex", r"\Aabc\Z"), "unrecognized escape sequence"),
         (Grammar("regex", r"a\b"), r"look-around, .* is not supported \(WordUnicode\)"),
+        (Grammar("regex", "a\\"), ".* ends with a lone backslash"),
+        (Grammar("json_schema", '{"type": "string", "pattern": "a\\\\"}'), ".* ends with a lone backslash"),
         (Grammar("regex", "a{99999999999}"), "decimal literal invalid"),
         (Grammar("json_schema", "{"), "Expecting property name .*"),
         (Grammar("json_schema", '{"type": "poem"}'), "Invalid type: poem"),
