@@ -25,7 +25,7 @@ from server.limited_program import serve
 
 def answer(do):
     if do == "sleep":
-        time.sleep(3600)
+        time.sleep(60)
     while do == "compute":
         pass
     if do == "fill":
@@ -139,12 +139,13 @@ def test_who_waits_for_a_free_one_waits_so_long_only_and_takes_no_threads_of_oth
         processes = new(patience=0.01)
         one, other = (asyncio.create_task(processes.in_thread("busy", hang)) for _ in range(2))
         try:
-            while len(begun) < 2:
-                await asyncio.sleep(0.01)
-            other.cancel()  # whose thread goes on
-            with pytest.raises(OverloadedError, match="busy"):
-                await processes.in_thread("busy", hang)
-            assert await asyncio.to_thread(lambda: "free") == "free"
+            async with asyncio.timeout(60):
+                while len(begun) < 2:
+                    await asyncio.sleep(0.01)
+                other.cancel()  # whose thread goes on
+                with pytest.raises(OverloadedError, match="busy"):
+                    await processes.in_thread("busy", hang)
+                assert await asyncio.to_thread(lambda: "free") == "free"
         finally:
             goes_on.set()
         assert await one == "done"
