@@ -26,6 +26,8 @@ FORBIDDEN = {
     "model.ops": {"model.families", "model.backends", "model.recurrences"},
     "server.settings": {"typer", "torch", "model", "server.options"},
     "server.grammars": {"torch", "model", "server.engine", *HTTP},
+    "server.limited_processes": {"torch", "model", "server.api", "server.engine", *HTTP},
+    "server.api.template_renderer": {"torch", "model", "server.engine", "server.limited_processes", *HTTP},
     "server.engine": {"server.api", "server.sessions", "server.stores", "server.metrics", "typer", "rich", *HTTP},
     "server.stores": {"server.api", "server.sessions", "server.metrics", *HTTP},
     "server.sessions": {"server.api", "server.metrics", *HTTP},

@@ -44,7 +44,7 @@ def create_app(
     """An application that serves `engine`, whose thread runs for the application's lifetime.
 
     store: of sessions, without which they are in memory, and end with the application; prefix_store: where the prefix
-    cache goes on. Both are closed at the end. The engine's front is at `app.state.context.engine`.
+    cache goes on. Both are closed at the end, as is chat_template. The engine's front is at `app.state.context.engine`.
     """
     config = config or APIConfig()
     metrics = Metrics(engine, config.model_name)
@@ -57,6 +57,7 @@ def create_app(
     sessions_config = sessions_config or SessionsConfig()
     store = store or SQLiteSessionStore(":memory:", sessions_config.session_memory)
     sessions = Sessions(store, engine.state_files, sessions_config)
+    chat_template = chat_template or ChatTemplate()
     tracer = Tracer(config.otlp_endpoint, config.model_name) if config.otlp_endpoint else None
 
     @asynccontextmanager
@@ -67,6 +68,7 @@ def create_app(
         yield
         # In threads: those who wait for a last step still read their answers.
         await asyncio.to_thread(async_engine.stop)
+        await asyncio.to_thread(chat_template.close)
         if stored:
             await asyncio.to_thread(stored.close)
         await asyncio.to_thread(sessions.close)
@@ -82,9 +84,7 @@ def create_app(
         redoc_url=None,
         servers=[{"url": config.root_path}] if config.root_path else None,
     )
-    app.state.context = Context(
-        async_engine, config, metrics, chat_template or ChatTemplate(), sessions, int(time.time())
-    )
+    app.state.context = Context(async_engine, config, metrics, chat_template, sessions, int(time.time()))
     contracts = Contracts(CONTRACTS)
     for contract in CONTRACTS:
         app.include_router(contract.router)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
-import os
 import secrets
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from model.tokenizer import Tokenizer
 from server.api import template_renderer
-from server.errors import ConfigurationError, InvalidRequestError, OverloadedError
+from server.errors import ConfigurationError, InvalidRequestError
+from server.limited_processes import MEMORY, LimitedProcesses
 
 TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+SECONDS = 5.0  # of computing, for each chat
+PATIENCE = 20.0  # seconds in which others' chats have been rendered
 # A model without a template has not learned roles: it goes on from the messages, put one after another.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}{{ message.content }}{% endfor %}"
@@ -27,13 +24,17 @@ DEFAULT_TEMPLATE = (
 
 
 class ChatTemplate:
-    """Raises ConfigurationError for a template that does not parse, or does not end for a chat of one message."""
+    """Raises ConfigurationError for a template that does not parse, or does not end for a chat of one message.
+
+    Any but the default one is rendered in processes of its own, so that none can hold up this one.
+    """
 
     def __init__(self, source: str = DEFAULT_TEMPLATE) -> None:
         self.source = source
+        self._processes = LimitedProcesses(template_renderer.__name__, SECONDS, PATIENCE)
         if source != DEFAULT_TEMPLATE:
             try:
-                self._render(messages=[{"role": "user", "content": "Hello"}], bos_token="", eos_token="")
+                self.render([{"role": "user", "content": "Hello"}])
             except _LimitError as error:
                 raise ConfigurationError(str(error)) from error
             except InvalidRequestError:
@@ -54,18 +55,23 @@ class ChatTemplate:
                 return cls() if source is None else cls(source)
         return cls()
 
-    def token_ids(
+    async def render_in_thread(self, messages: Sequence[dict[str, Any]], **options: bool) -> list[str]:
+        """As `render`, without holding up the event loop. Raises OverloadedError, too."""
+        busy = "The chats before this one take long to be rendered; try again later."
+        return await self._processes.in_thread(busy, partial(self.render, messages, **options))
+
+    def render(
         self,
         messages: Sequence[dict[str, Any]],
-        tokenizer: Tokenizer,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-    ) -> list[int]:
-        """The prompt. Raises InvalidRequestError if the template refuses the messages, or takes too long for them.
+    ) -> list[str]:
+        """The prompt: texts with an end-of-text token between each two.
 
         add_generation_prompt: whether an answer is begun; continue_final_message: whether the prompt ends with the
-        content of the last message instead, without what the template writes after it.
+        content of the last message instead, without what the template writes after it. Raises InvalidRequestError if
+        the template refuses the messages, or takes too much for them.
 
         `bos_token` and `eos_token` of the template become the end-of-text token; the same characters in a message do
         not, because for the time of the rendering the token has a secret name.
@@ -80,21 +86,40 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             bos_token=mark,
             eos_token=mark,
+            tools=None,
+            documents=None,
         )
-        if end:
-            text = _up_to(text, end)
-        first, *rest = text.split(mark)
-        # A template that begins with bos_token does what many tokenizers do by themselves: once is enough.
-        ids = tokenizer.encode_text(first) if first or not rest else []
-        for part in rest:
-            ids += [tokenizer.end_of_text_id, *tokenizer.encode(part)]
-        return ids
+        return (_up_to(text, end) if end else text).split(mark)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._processes.close()
 
     def _render(self, **variables: Any) -> str:
-        variables = {"add_generation_prompt": True, "tools": None, "documents": None} | variables
         if self.source == DEFAULT_TEMPLATE:
             return template_renderer.render(self.source, variables)
-        return _processes.render(self.source, variables)
+        try:
+            answer = self._processes.ask({"source": self.source, "variables": variables})
+        except (TimeoutError, MemoryError) as error:
+            limit = f"{SECONDS:g} seconds" if isinstance(error, TimeoutError) else f"{MEMORY // 2**20} MiB"
+            raise _LimitError(
+                f"messages take more than {limit} to be rendered by the model's chat template."
+            ) from error
+        if "invalid" in answer:
+            raise ConfigurationError(f"The chat template is not valid: {answer['invalid']}.")
+        if "refused" in answer:
+            raise InvalidRequestError(f"messages do not fit the model's chat template: {answer['refused']}.")
+        return answer["text"]
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """The token ids of what `ChatTemplate.render` gives."""
+    first, *rest = texts
+    # A template that begins with bos_token does what many tokenizers do by themselves: once is enough.
+    ids = tokenizer.encode_text(first) if first or not rest else []
+    for text in rest:
+        ids += [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+    return ids
 
 
 def _template_of(content: str) -> str | None:
@@ -123,87 +148,3 @@ def _up_to(text: str, end: str) -> str:
 
 class _LimitError(InvalidRequestError):
     """The process of a template was ended by its limits."""
-
-
-class _Processes:
-    """Processes that render any template, so that none can hold up this one. May be called from any thread.
-
-    None is there before the first template; one that its limits ended is replaced. They end with this process.
-    """
-
-    MOST, WAIT = 2, 4.0 * template_renderer.SECONDS  # in which one of them becomes free, whatever the others render
-    ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TZ")  # the rest holds secrets
-
-    def __init__(self) -> None:
-        self._idle: list[subprocess.Popen[bytes]] = []
-        self._free = threading.Semaphore(self.MOST)
-
-    def render(self, source: str, variables: dict[str, Any]) -> str:
-        """Raises InvalidRequestError, ConfigurationError for an invalid template, and OverloadedError."""
-        if not self._free.acquire(timeout=self.WAIT):
-            raise OverloadedError("The chats before this one take long to be rendered; try again later.")
-        try:
-            answer = self._ask({"source": source, "variables": variables, "seconds": template_renderer.SECONDS})
-        finally:
-            self._free.release()
-        if "invalid" in answer:
-            raise ConfigurationError(f"The chat template is not valid: {answer['invalid']}.")
-        if "refused" in answer:
-            raise InvalidRequestError(f"messages do not fit the model's chat template: {answer['refused']}.")
-        return answer["text"]
-
-    def close(self) -> None:
-        """End those that render nothing."""
-        while self._idle:
-            _end(self._idle.pop())
-
-    def _ask(self, job: dict[str, Any]) -> dict[str, str]:
-        process = self._take()
-        assert process.stdin
-        assert process.stdout
-        try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except OSError:
-            line = b""
-        if not line.endswith(b"\n"):
-            limit = f"{template_renderer.MEMORY // 2**20} MiB"
-            if _end(process) == -signal.SIGPROF:
-                limit = f"{template_renderer.SECONDS:g} seconds"
-            raise _LimitError(f"messages take more than {limit} to be rendered by the model's chat template.")
-        self._idle.append(process)
-        answer: dict[str, str] = json.loads(line)
-        return answer
-
-    def _take(self) -> subprocess.Popen[bytes]:
-        while self._idle:
-            try:
-                process = self._idle.pop()
-            except IndexError:  # another thread was faster
-                break
-            if process.poll() is None:
-                return process
-            _end(process)
-        environment = {name: os.environ[name] for name in self.ENVIRONMENT if name in os.environ}
-        return subprocess.Popen(
-            [sys.executable, "-P", template_renderer.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            start_new_session=True,  # a terminal's interrupt is the server's alone
-        )
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-    """The status of a process that ends, or has ended."""
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what could not be written
-            if pipe:
-                pipe.close()
-    return process.wait()
-
-
-_processes = _Processes()
-atexit.register(_processes.close)

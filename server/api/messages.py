@@ -7,8 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from model.tokenizer import Tokenizer
-from server.api.chat_template import ChatTemplate
+from server.api.chat_template import encode
+from server.api.context import Context
 from server.api.validation import EMPTY, Body, Peers, wrong
 
 NO_TOOLS = "this server calls none"
@@ -96,11 +96,11 @@ class TemplateOptions(Body):
             raise wrong("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
         return self
 
-    def token_ids(self, messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-        """The prompt. Raises InvalidRequestError if the template refuses the messages."""
-        return template.token_ids(
+    async def token_ids(self, messages: Sequence[Message], context: Context) -> list[int]:
+        """The prompt. Raises InvalidRequestError if the template refuses the messages, and OverloadedError."""
+        texts = await context.chat_template.render_in_thread(
             [message.for_template for message in messages],
-            tokenizer,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=bool(self.continue_final_message),
         )
+        return await context.engine.aside(sum(map(len, texts)), encode, texts, context.engine.info.tokenizer)

@@ -1,16 +1,12 @@
 """Renders chat templates. As a program, in a process with limits: what a template does is not bounded.
 
-The program imports nothing of the server, so it starts in a moment. Each line that it reads is a template's source with
-its variables, and so is its answer: the text, or what is wrong with either. What takes too long or too much memory ends
-the process.
+Each job is a template's source with its variables, and its answer the text, or what is wrong with either. It imports
+little, and so starts in a moment.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import signal
-import sys
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -21,7 +17,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY = 5.0, 2**29  # of computing, for each template; bytes of address space
+from server.limited_program import serve
+
 MOST_CHARACTERS = 2**24  # of a text
 
 
@@ -84,18 +81,5 @@ def _reason(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error) or type(error).__name__
 
 
-def _serve() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin.buffer:
-        job = json.loads(line)
-        # Its signal ends the process, also in the middle of a long operation.
-        signal.setitimer(signal.ITIMER_PROF, job.pop("seconds"))
-        answer = json.dumps(_answer(**job)).encode()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(answer + b"\n")
-        sys.stdout.buffer.flush()
-
-
 if __name__ == "__main__":
-    _serve()
+    serve(_answer)

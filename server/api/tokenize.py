@@ -175,10 +175,8 @@ async def _text_ids(body: TokenizeRequest, context: Context) -> array[int]:
 
 async def _chat_ids(body: TemplateOptions, messages: Sequence[Message], context: Context) -> array[int]:
     """As an array, which is a tenth of a list: clients may be slow to read what is made of it."""
-    n_characters = sum(len(message.content) for message in messages)
-    _check_length(n_characters)
-    template, engine = context.chat_template, context.engine
-    return array("i", await engine.in_thread(n_characters, body.token_ids, messages, template, engine.info.tokenizer))
+    _check_length(sum(len(message.content) for message in messages))
+    return array("i", await body.token_ids(messages, context))
 
 
 def _check_length(n_characters: int) -> None:

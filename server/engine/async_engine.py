@@ -35,7 +35,6 @@ from server.errors import (
     ServerError,
     ShuttingDownError,
 )
-from server.grammars.process import MAX_PROCESSES
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +90,6 @@ class AsyncEngine:
         self._n_requests: Counter[str] = Counter()  # by owner
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Their own: they wait for grammars, and must not be threads of sessions, templates and prompts.
-        self._grammar_threads = ThreadPoolExecutor(MAX_PROCESSES, thread_name_prefix="grammar")
-        self._grammar_turn = asyncio.Semaphore(MAX_PROCESSES)
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._draining = self._has_died = False
         self._busy_since: float | None = None  # time.monotonic(); None while the thread has nothing to do
@@ -139,7 +135,7 @@ class AsyncEngine:
     async def drain(self, timeout: float) -> None:
         """Take no more requests; return when all have ended, or after `timeout` seconds."""
         self._draining = True
-        self._grammars.close()
+        self._grammars.processes.close()
         deadline = time.monotonic() + timeout
         while self._open and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -152,7 +148,7 @@ class AsyncEngine:
         """
         self._draining = True
         self._on_loop(self._end_all, _shutting_down)
-        self._grammars.close()
+        self._grammars.processes.close()
         self._commands.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -218,7 +214,7 @@ class AsyncEngine:
                     arrived_at=place.arrived_at,
                 )
                 n_ids = len(prompt_ids) + len(params.allowed_token_ids or ()) + len(params.logit_bias)
-                await self._aside(n_ids, self._prepare, request)
+                await self.aside(n_ids, self._prepare, request)
                 prefix = await self._look_up(request)
             self._check_ready()  # again: the engine may have stopped while the prompt was tokenised
             place.take()
@@ -246,21 +242,20 @@ class AsyncEngine:
                 f"This model's maximum context length is {self.info.max_model_len} tokens, but a prompt of "
                 f"{len(prompt)} characters has at least {n_least}."
             )
-        ids = await self._aside(len(prompt), tokenizer.encode, prompt)
+        ids = await self.aside(len(prompt), tokenizer.encode, prompt)
         whole = tokenizer.with_start(ids) if add_special_tokens else ids
         if truncate is None or len(whole) <= truncate:
             return whole
         n_first = len(whole) - len(ids)  # what begins a text stays
         return whole[:n_first] + ids[len(ids) - truncate + n_first :]
 
-    async def _aside(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
-        """Do work that takes long if its `size`, in characters or ids, is large, without holding up the event loop."""
-        return work(*arguments) if size <= LONG_PROMPT else await self.in_thread(size, work, *arguments)
-
-    async def in_thread(self, n_characters: int, work: Callable[..., T], *arguments: Any) -> T:
-        """Read a text in a thread: a long one in one of a few, behind which only other long ones wait."""
-        threads = self._text_threads if n_characters > LONG_PROMPT else None
-        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+    async def aside(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
+        """Read a text, without holding up the event loop if its `size`, in characters or ids, is large: then in one of
+        a few threads, behind which only other long ones wait.
+        """
+        if size <= LONG_PROMPT:
+            return work(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, work, *arguments)
 
     async def _look_up(self, request: Request) -> Prefix | None:
         """What the prompt can go on from and only the store has."""
@@ -280,18 +275,8 @@ class AsyncEngine:
             )
         if known := self._grammars.find(grammar):
             return known
-        try:
-            await asyncio.wait_for(self._grammar_turn.acquire(), timeout)
-        except TimeoutError as error:
-            raise OverloadedError(f"{grammar.name} waited {timeout:g} seconds for others to be compiled.") from error
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._grammar_threads, self._grammars.compile, grammar)
-        except InvalidRequestError:
-            self._check_ready()  # since its processes end when no more requests are taken
-            raise
-        finally:
-            self._grammar_turn.release()
+        busy = f"{grammar.name} waited {timeout:g} seconds for others to be compiled."
+        return await self._grammars.processes.in_thread(busy, self._grammars.compile, grammar)
 
     def _check_ready(self) -> None:
         if self._draining:

@@ -43,7 +43,9 @@ class EngineConfig:
         2**28, "of states after prompts that may come again.", name="prefix_cache", unit="MiB", at_least=0
     )
     max_grammar_length: int = setting(2**16, "Characters of a JSON schema or regular expression.", at_least=1)
-    grammar_timeout: float = setting(5.0, "Seconds in which a grammar must compile.", positive=True, at_most=LONGEST)
+    grammar_timeout: float = setting(
+        5.0, "Seconds of computing in which a grammar must compile.", positive=True, at_most=LONGEST
+    )
     batch_invariant: bool = setting(False, "Bitwise the same text in any batch; slower where no compiled kernels run.")
     quantize: str | None = setting(
         None, "Format that matrices are kept in, if not as they are stored; CPUs only.", choices=tuple(FORMATS)

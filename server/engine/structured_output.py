@@ -20,7 +20,7 @@ from model.sampling import Grammar
 from model.tokenizer import Tokenizer
 from server.errors import GenerationError, InvalidRequestError
 from server.grammars import sources
-from server.grammars.process import GrammarProcesses
+from server.limited_processes import LimitedProcesses
 
 MAX_CACHED_GRAMMARS = 32  # of up to 10 MB
 
@@ -62,21 +62,26 @@ class Matcher:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps those used last. May be called from any thread.
 
-    A grammar is first tried in a process of its own, and may take `timeout` seconds in all: what llguidance makes of it
-    is not bounded, and may need minutes or gigabytes, or recurse until its process dies.
+    A grammar is first tried in one of `processes`, and may compute for `timeout` seconds in all: what llguidance makes
+    of it is not bounded, and may need minutes or gigabytes, or recurse until its process dies.
     """
 
     def __init__(self, tokenizer: Tokenizer, timeout: float) -> None:
         vocabulary = _Vocabulary(tokenizer)
         self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary))
-        self._processes = GrammarProcesses(
-            vocabulary.tokens, vocabulary.special_token_ids, vocabulary.eos_token_id, timeout
-        )
+        self._timeout = timeout
+        described = {
+            "tokens": [token.decode("latin-1") for token in vocabulary.tokens],
+            "special_ids": vocabulary.special_token_ids,
+            "end_of_text_id": vocabulary.eos_token_id,
+        }
+        # Half of the time is left for compiling it again.
+        self.processes = LimitedProcesses("server.grammars.worker", timeout / 2, timeout, described)
         self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> Matcher:
-        """A matcher at the start of `grammar`. Raises InvalidRequestError if that is not valid."""
+        """A matcher at the start of `grammar`. Raises InvalidRequestError for a bad one, and ShuttingDownError."""
         if matcher := self.find(grammar):
             return matcher
         matcher = self._compile(grammar)  # unlocked: a slow grammar must not hold up the others
@@ -93,18 +98,17 @@ class GrammarCompiler:
                 self._compiled.move_to_end(grammar)
         return matcher.copy() if matcher else None
 
-    def close(self) -> None:
-        """End the processes. Whoever waits for one gets an InvalidRequestError."""
-        self._processes.close()
-
     def _compile(self, grammar: Grammar) -> Matcher:
         try:
-            source = self._processes.try_(grammar.kind, grammar.source)
-            matcher, problem = sources.start(self._tokenizer, source)
-            if problem:
-                raise InvalidRequestError(problem)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(f"{grammar.name} cannot be followed: {error}.") from error
+            found = self.processes.ask({"kind": grammar.kind, "text": grammar.source})
+        except TimeoutError:
+            found = {"problem": f"it takes more than the {self._timeout:g} seconds it may take here"}
+        except MemoryError:
+            found = {"problem": "it takes more memory, or is nested more deeply, than it may here"}
+        if not (problem := found.get("problem")):
+            matcher, problem = sources.start(self._tokenizer, found["source"])
+        if problem:
+            raise InvalidRequestError(f"{grammar.name} cannot be followed: {problem}.")
         return Matcher(matcher)
 
 

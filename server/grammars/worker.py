@@ -1,21 +1,20 @@
-"""The process in which grammars are tried: started by `process`, and never imported.
+"""The program that tries grammars, in a process with limits: never imported.
 
-The first line it reads is the vocabulary, each one after that a grammar, and each is answered by a line. Whatever a
-grammar does here, its end is that of this process: by the limit of its memory, by its alarm, or by a fault.
+The first line it reads is the vocabulary, each one after that a grammar. Whatever that does here, its end is that of
+this process: by the limit of its memory, by its alarm, or by a fault.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import signal
 import sys
 import threading
-from typing import Any
+from functools import partial
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from server.grammars import sources
+from server.limited_program import serve
 
 STACK = 2**20  # bytes; a thread of the server has more, so that what fits here fits there
 
@@ -45,33 +44,14 @@ def answer(tokenizer: LLTokenizer, kind: str, text: str) -> dict[str, str]:
     return {"problem": problem} if problem else {"source": source}
 
 
-def limit(memory: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def tell(found: dict[str, str]) -> None:
-    sys.stdout.buffer.write(json.dumps(found).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def serve() -> None:
-    first = json.loads(sys.stdin.buffer.readline())
-    vocabulary = Vocabulary(**first["vocabulary"])
+def main() -> None:
+    vocabulary = Vocabulary(**json.loads(sys.stdin.buffer.readline()))
     tokenizer = vocabulary.tokenizer = LLTokenizer(TokenizerWrapper(vocabulary))
-    limit(first["memory"])
-    tell({})
-    for line in sys.stdin.buffer:
-        job: dict[str, Any] = json.loads(line)
-        # Its alarm ends the process, if nobody else has: the server may be gone.
-        signal.setitimer(signal.ITIMER_REAL, job.pop("seconds") + 1)
-        found = answer(tokenizer, **job)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        tell(found)
+    serve(partial(answer, tokenizer))
 
 
 if __name__ == "__main__":
     threading.stack_size(STACK)
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=main)
     thread.start()
     thread.join()

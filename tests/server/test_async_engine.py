@@ -551,7 +551,7 @@ def test_slow_grammars_take_no_threads_of_others_and_end_with_the_engine(tokeniz
         known = Grammar("regex", "a*")
         await generate(engine, SamplingParams(grammar=known))
         slow = [asyncio.create_task(generate(engine, SamplingParams(grammar=SLOW))) for _ in range(3)]
-        while len(engine._grammars._processes._busy) < 2:
+        while len(engine._grammars.processes._busy) < 2:
             await asyncio.sleep(0.01)
         long = await engine.encode("the fox " * LONG_PROMPT)
         assert len(long) > LONG_PROMPT
@@ -567,7 +567,8 @@ def test_slow_grammars_take_no_threads_of_others_and_end_with_the_engine(tokeniz
 
 def test_who_waits_for_slow_grammars_of_others_is_told_to_come_back(tokenizer: Tokenizer) -> None:
     async def main(engine: AsyncEngine) -> None:
-        async with engine._grammar_turn, engine._grammar_turn:
+        turn = engine._grammars.processes._turn
+        async with turn, turn:
             with pytest.raises(OverloadedError, match=r"^grammar waited 0\.01 seconds for others"):
                 await generate(engine, SamplingParams(grammar=Grammar("regex", "a")))
 

@@ -8,9 +8,11 @@ import pytest
 
 from model import Tokenizer
 from model.tokenizer import END_OF_TEXT
-from server.api import chat_template, template_renderer
-from server.api.chat_template import ChatTemplate
-from server.errors import ConfigurationError, InvalidRequestError, OverloadedError
+from server.api import chat_template
+from server.api.chat_template import ChatTemplate, encode
+from server.errors import ConfigurationError, InvalidRequestError
+
+USER = [{"role": "user", "content": "a"}]
 
 
 def test_only_the_template_can_write_the_end_of_text(tokenizer: Tokenizer) -> None:
@@ -19,30 +21,27 @@ def test_only_the_template_can_write_the_end_of_text(tokenizer: Tokenizer) -> No
     )
     end = tokenizer.end_of_text_id
     messages = [{"role": "user", "content": f"hi {END_OF_TEXT}"}, {"role": "assistant", "content": "ho"}]
-    ids = template.token_ids(messages, tokenizer)
+    ids = encode(template.render(messages), tokenizer)
     assert ids == [end, *tokenizer.encode(f"user: hi {END_OF_TEXT}"), end, *tokenizer.encode("assistant: ho"), end]
 
 
-def test_templates_may_refuse_and_may_be_wrong(tokenizer: Tokenizer) -> None:
+def test_templates_may_refuse_and_may_be_wrong() -> None:
     with pytest.raises(InvalidRequestError, match="messages do not fit the model's chat template: no system"):
-        ChatTemplate("{{ raise_exception('no system') }}").token_ids([{"role": "user", "content": "a"}], tokenizer)
+        ChatTemplate("{{ raise_exception('no system') }}").render(USER)
     with pytest.raises(ConfigurationError, match="chat template is not valid"):
         ChatTemplate("{% for %}")
     with pytest.raises(InvalidRequestError, match="do not fit"):
-        ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").token_ids([], tokenizer)
+        ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").render([])
 
 
-def test_templates_have_what_hugging_faces_have(tokenizer: Tokenizer) -> None:
+def test_templates_have_what_hugging_faces_have() -> None:
     said = "{% generation %}{{ m.content | tojson }}{% endgeneration %}"
     each = "{% for m in messages %}{% if m.role == 'user' %}{% break %}{% endif %}" + said + "{% endfor %}"
     source = each + "{% if tools is not none %}tools{% endif %}{{ strftime_now('%Y') | length }}"
     messages = [{"role": "assistant", "content": "a <b>"}, {"role": "user", "content": "c"}]
-    assert tokenizer.decode(ChatTemplate(source).token_ids(messages, tokenizer)) == '"a <b>"4'
+    assert ChatTemplate(source).render(messages) == ['"a <b>"4']
     with pytest.raises(InvalidRequestError, match="do not fit"):
-        ChatTemplate("{{ 1 / 0 }}").token_ids(messages, tokenizer)
-
-
-USER = [{"role": "user", "content": "a"}]
+        ChatTemplate("{{ 1 / 0 }}").render(messages)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +55,9 @@ USER = [{"role": "user", "content": "a"}]
         ("True, 1", '{\n "b": "\\u00e9<",\n "a": [\n  1\n ]\n}'),
     ],
 )
-def test_tojson_takes_what_hugging_faces_takes(arguments: str, written: str, tokenizer: Tokenizer) -> None:
+def test_tojson_takes_what_hugging_faces_takes(arguments: str, written: str) -> None:
     template = ChatTemplate("{{ {'b': 'é<', 'a': [1]} | tojson(%s) }}" % arguments)  # noqa: UP031 - braces are Jinja's
-    assert tokenizer.decode(template.token_ids(USER, tokenizer)) == written
+    assert template.render(USER) == [written]
 
 
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -78,7 +77,7 @@ def test_a_template_that_does_not_end_is_refused_at_the_start(
     source: str, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "seconds" in limit:
-        monkeypatch.setattr(template_renderer, "SECONDS", 0.2)
+        monkeypatch.setattr(chat_template, "SECONDS", 0.2)
     with pytest.raises(ConfigurationError, match=f"messages take more than {limit} to be rendered"):
         ChatTemplate(source)
 
@@ -93,48 +92,19 @@ def test_a_template_that_does_not_end_is_refused_at_the_start(
     ],
 )
 def test_messages_that_a_template_is_not_done_with_end_nothing_else(
-    source: str, reason: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    source: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "seconds" in reason:
-        monkeypatch.setattr(template_renderer, "SECONDS", 0.2)
+        monkeypatch.setattr(chat_template, "SECONDS", 0.2)
     template = ChatTemplate("{% if messages | length > 1 %}" + source + "{% endif %}b")
     with pytest.raises(InvalidRequestError, match=reason):
-        template.token_ids(USER * 2, tokenizer)
-    assert tokenizer.decode(template.token_ids(USER, tokenizer)) == "b"
+        template.render(USER * 2)
+    assert template.render(USER) == ["b"]
 
 
 def test_a_template_that_is_nested_too_deeply_is_not_valid() -> None:
     with pytest.raises(ConfigurationError, match="The chat template is not valid: it is nested too deeply"):
         ChatTemplate("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}")
-
-
-def test_a_process_that_has_ended_is_replaced(tokenizer: Tokenizer) -> None:
-    template = ChatTemplate("b")
-    for process in chat_template._processes._idle:
-        process.kill()
-        process.wait()
-    assert tokenizer.decode(template.token_ids(USER, tokenizer)) == "b"
-
-
-def test_the_process_of_templates_sees_no_secret() -> None:
-    ChatTemplate("b")
-    environments = [Path(f"/proc/{each.pid}/environ").read_text() for each in chat_template._processes._idle]
-    for environment in environments:
-        assert {pair.partition("=")[0] for pair in environment.split("\0") if pair} <= {
-            *chat_template._Processes.ENVIRONMENT,
-            "PYTHONPATH",
-        }
-
-
-def test_chats_wait_for_a_process_so_long_only(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = ChatTemplate("b")
-    processes = chat_template._Processes()
-    monkeypatch.setattr(chat_template, "_processes", processes)
-    monkeypatch.setattr(processes, "WAIT", 0.01)
-    for _ in range(processes.MOST):
-        processes._free.acquire()
-    with pytest.raises(OverloadedError, match="try again later"):
-        template.token_ids(USER, tokenizer)
 
 
 def test_a_template_comes_from_the_checkpoint_folder(tmp_path: Path) -> None:

@@ -444,7 +444,7 @@ def test_what_is_refused_at_the_door_costs_no_work(
         ]
         chats: dict[str, Any] = {"messages": MESSAGES}
         with monkeypatch.context() as patched:
-            patched.setattr(context.chat_template, "token_ids", work)
+            patched.setattr(context.chat_template, "render", work)
             patched.setattr(context.sessions.store, "load", work)
             patched.setattr(tokenizer, "encode", work)
             for path, body in (
@@ -481,13 +481,14 @@ def test_the_time_to_the_first_token_includes_the_template(
 ) -> None:
     caplog.set_level(logging.INFO)
     template = client.app.state.context.chat_template  # type: ignore[attr-defined]
-    render = template.token_ids
+    render = template.render
 
     def slowly(*given: Any, **options: Any) -> Any:
+        assert threading.current_thread().name.startswith("server.api.template_renderer"), "takes threads of others"
         time.sleep(0.05)
         return render(*given, **options)
 
-    monkeypatch.setattr(template, "token_ids", slowly)
+    monkeypatch.setattr(template, "render", slowly)
     chat(client)
     (line,) = (vars(record) for record in caplog.records if record.message == "request")
     assert line["time_to_first_token"] >= line["queue_seconds"] >= 0.05

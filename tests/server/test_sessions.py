@@ -584,7 +584,7 @@ class HangingStore(SQLiteSessionStore):
 def test_a_store_that_hangs_holds_up_none_without_a_session(
     tokenizer: Tokenizer, network: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who renders or tokenises does not wait for it, and those who wait for its threads do not wait without end."""
+    """Who is answered in a thread does not wait for it, and those who wait for its threads do not wait without end."""
     store = HangingStore()
 
     async def main(sessions: Sessions, engine: AsyncEngine) -> None:
@@ -593,7 +593,7 @@ def test_a_store_that_hangs_holds_up_none_without_a_session(
             async with asyncio.timeout(60):
                 while store.n_asked < STORE_THREADS:
                     await asyncio.sleep(0.01)
-            await asyncio.to_thread(int)  # as chats are rendered
+            await asyncio.to_thread(int)  # as large answers are put together
             assert not any(turn.done() for turn in turns)
             monkeypatch.setattr("server.sessions.sessions.PATIENCE_SECONDS", 0.0)
         finally:
@@ -625,7 +625,7 @@ def test_a_redis_that_hangs_holds_up_none_without_a_session(
                 stream = await front.submit("Once upon a time " * 1000, SamplingParams(max_tokens=1))
                 assert await stream.read()
                 stream.close()
-            await asyncio.wait_for(asyncio.to_thread(int), 30)  # as chats are rendered
+            await asyncio.wait_for(asyncio.to_thread(int), 30)  # as large answers are put together
             assert not any(turn.done() for turn in turns)
             server.resume()
             assert all(

@@ -1,15 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,17 +10,17 @@ import torch
 
 from model import Tokenizer
 from model.sampling import Grammar
+from server import limited_processes
 from server.engine import structured_output
 from server.engine.structured_output import GrammarCompiler
 from server.errors import GenerationError, InvalidRequestError
-from server.grammars import process
 
 
 @pytest.fixture
 def compiler(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
     compiler = GrammarCompiler(tokenizer, 60)
     yield compiler
-    compiler.close()
+    compiler.processes.close()
 
 
 def test_a_matcher_follows_the_text(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
@@ -122,97 +115,14 @@ SLOW = Grammar.json_schema({"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|
 LARGE = Grammar("regex", "|".join(rf"\p{{L}}{i}" for i in range(20_000)))
 
 
-def pids(compiler: GrammarCompiler) -> list[int]:
-    processes = compiler._processes
-    return [process._process.pid for process in (*processes._idle, *processes._busy)]
-
-
-def exists(pid: int) -> bool:
-    """Whether a process is there, and more than its status."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_process_is_there_when_it_is_needed_and_used_again(compiler: GrammarCompiler) -> None:
-    assert pids(compiler) == []
-    compiler.compile(GOOD)
-    (pid,) = pids(compiler)
-    compiler.compile(Grammar("regex", "a*b"))
-    assert pids(compiler) == [pid]
-    os.kill(pid, signal.SIGKILL)
-    compiler.compile(Grammar("regex", "a*c"))  # by another one
-    (other,) = pids(compiler)
-    compiler.close()
-    assert pids(compiler) == []
-    assert not exists(pid)
-    assert not exists(other)
-    with pytest.raises(InvalidRequestError, match="cannot be followed"):
-        compiler.compile(Grammar("regex", "a*d"))
-
-
-def test_a_compiler_that_is_forgotten_leaves_no_process(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer, 60)
-    compiler.compile(GOOD)
-    (pid,) = pids(compiler)
-    del compiler
-    gc.collect()
-    assert not exists(pid)
-
-
 def test_a_slow_grammar_is_ended(tokenizer: Tokenizer) -> None:
     compiler = GrammarCompiler(tokenizer, 0.2)
     with pytest.raises(InvalidRequestError, match=r"it takes more than the 0\.2 seconds it may take here"):
         compiler.compile(SLOW)
-    assert pids(compiler) == []
 
 
 def test_a_large_grammar_is_ended(tokenizer: Tokenizer) -> None:
-    with mock.patch.object(process, "MEMORY", 2**20):
+    with mock.patch.object(limited_processes, "MEMORY", 2**20):
         small = GrammarCompiler(tokenizer, 60)
     with pytest.raises(InvalidRequestError, match="it takes more memory, or is nested more deeply, than it may here"):
         small.compile(LARGE)
-    assert pids(small) == []
-
-
-@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL])
-def test_a_process_that_dies_takes_its_grammar_with_it(how: signal.Signals, compiler: GrammarCompiler) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        refused = pool.submit(compiler.compile, SLOW)
-        while not compiler._processes._busy or next(iter(compiler._processes._busy)).is_new:
-            time.sleep(0.01)
-        os.kill(pids(compiler)[0], how)
-        with pytest.raises(InvalidRequestError, match="it takes more memory, or is nested more deeply"):
-            refused.result(60)
-    compiler.compile(GOOD)
-
-
-ORPHANING = f"""
-import threading, time
-from server.grammars.process import GrammarProcesses
-
-processes = GrammarProcesses([bytes([i]) for i in range(256)] + [b""], [256], 256, 1)
-processes.try_("regex", "a")
-(idle,) = processes._idle
-other = GrammarProcesses([bytes([i]) for i in range(256)] + [b""], [256], 256, 1)
-other.try_("regex", "a")
-threading.Thread(target=other.try_, args=("json_schema", {SLOW.source!r})).start()
-while not other._busy:
-    pass
-(busy,) = other._busy
-print(idle._process.pid, busy._process.pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_no_process_outlives_a_server_that_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", ORPHANING], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        left = [int(pid) for pid in server.stdout.readline().split()]
-        server.kill()
-    assert len(left) == 2
-    deadline = time.monotonic() + 60
-    while any(exists(pid) for pid in left):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

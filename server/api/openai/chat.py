@@ -26,10 +26,8 @@ KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
 
 async def chat_completions(context: Context, http_request: Request, body: ChatCompletionRequest) -> Response:
-    template, tokenizer = context.chat_template, context.engine.info.tokenizer
     with admit_body(http_request, context, body) as admission:
-        n_characters = sum(len(message.content) for message in body.messages)
-        prompt = await context.engine.in_thread(n_characters, body.token_ids, body.messages, template, tokenizer)
+        prompt = await body.token_ids(body.messages, context)
         params = sampling_params(
             body,
             max_tokens=body.max_completion_tokens or body.max_tokens or _default_max_tokens(context, prompt),
