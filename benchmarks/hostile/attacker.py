@@ -98,16 +98,23 @@ class Attacker:
         return await self.post("/v1/completions", {"prompt": "One day", "max_tokens": 4, **fields}, allowed)
 
     async def own_file(self) -> bytes:
-        """A conversation of the attacker's; nothing, if the server is too busy for one."""
+        """A conversation of the attacker's. Raises OSError if the server is too busy for one, or has no room for it."""
         made = await self.ask("POST", "/sessions")
         if made is None or made.status_code != 201:
-            return b""
+            raise OSError(outcome(made))
         name = made.json()["session_id"]
         body = {"inputs": "One day", "parameters": {"max_new_tokens": 3}, "session_id": name}
         await self.ask("POST", "/generate", json=body)
         file = await self.ask("GET", f"/sessions/{name}/export")
         await self.ask("DELETE", f"/sessions/{name}")
-        return file.content if file is not None and file.status_code == 200 else b""
+        if file is None or file.status_code != 200:
+            raise OSError(outcome(file))
+        return file.content
+
+    async def own_sessions(self) -> list[dict[str, Any]]:
+        """The attacker's, of which there are at most so many; none if the server is too busy."""
+        listed = await self.ask("GET", "/sessions", params={"limit": 1000})
+        return list(listed.json()["sessions"]) if listed is not None and listed.status_code == 200 else []
 
     async def import_(self, name: str, content: bytes) -> str:
         """Of a file that no server wrote. Raises WeaknessError if it becomes a session."""

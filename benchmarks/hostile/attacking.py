@@ -96,7 +96,7 @@ async def attempt(attacker: Attacker, name: str, attempts: list[Attempt]) -> Non
         outcome = await ATTACKS[name](attacker)
     except (LeakError, UnansweredError, WeaknessError) as error:
         outcome, kind = str(error), type(error).__name__
-    except OSError as error:  # no connection: a limit of the server's, or its end, which is noticed elsewhere
+    except OSError as error:  # no connection or session: the server's limits, or its end, which is noticed elsewhere
         outcome = type(error).__name__
     finally:
         attempts.append(Attempt(name, begun, time.monotonic(), outcome, kind))

@@ -47,10 +47,8 @@ async def sessions_many(self: Attacker) -> str:
     name = made.json()["session_id"]
     await self.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 1}, "session_id": name})
     found = await several(*(self.post(f"/sessions/{name}/fork", {"n": 256}) for _ in range(8)))
-    listed = await self.ask("GET", "/sessions")
-    if listed is not None and listed.status_code == 200:
-        for card in listed.json()["sessions"]:
-            await self.ask("DELETE", f"/sessions/{card['session_id']}")
+    for card in await self.own_sessions():
+        await self.ask("DELETE", f"/sessions/{card['session_id']}")
     return found
 
 

@@ -8,9 +8,10 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -130,7 +131,7 @@ def soak(
             while not ready.wait(0.2):
                 if not (server.process.poll() is None and seen.is_alive()):
                     raise RuntimeError("the server or its clients ended before there was an attack")
-            memory, deaths = list(watch(server, stop, seconds, say)), []
+            memory, deaths = list(watch(server, (seen, hostile), stop, seconds, say)), []
             stop.set()
             report = Report(ours.recv(), hostile_ours.recv(), memory)
             for process in (seen, hostile):
@@ -147,10 +148,14 @@ def soak(
     return report
 
 
-def watch(server: Serving, stop: Event, seconds: float, say: Callable[[str], None]) -> Iterator[tuple[float, int]]:
-    """Samples of the server's memory until the time or the attacks are over, or it is dead."""
+def watch(
+    server: Serving, clients: Sequence[BaseProcess], stop: Event, seconds: float, say: Callable[[str], None]
+) -> Iterator[tuple[float, int]]:
+    """Samples of the server's memory until the time or the attacks are over, or one of the processes is dead."""
     end, told = time.monotonic() + seconds, 0.0
     while time.monotonic() < end and server.process.poll() is None and not stop.is_set():
+        if not all(client.is_alive() for client in clients):
+            return
         now, size = time.monotonic(), resident_bytes(server.process.pid)
         yield now, size
         if now - told > 60:
