@@ -46,7 +46,7 @@ async def sessions_many(self: Attacker) -> str:
         return outcome(made)
     name = made.json()["session_id"]
     await self.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 1}, "session_id": name})
-    found = await several(*(self.post(f"/sessions/{name}/fork", {"n": 256}) for _ in range(8)))
+    found = await several(*(self.post(f"/sessions/{name}/fork", {"n": 64}) for _ in range(8)))
     for card in await self.own_sessions():
         await self.ask("DELETE", f"/sessions/{card['session_id']}")
     return found

@@ -26,7 +26,7 @@ from benchmarks.hostile.ordinary import Seen
 from benchmarks.servers import AFT, Serving, serving
 
 KEYS = ("ordinary-key", "hostile-key")
-OPTIONS = ("--max-sessions", "1000", "--max-queue-length", "64", "--prefix-cache", "64")
+OPTIONS = ("--max-sessions", "200", "--max-queue-length", "64", "--prefix-cache", "64")
 LONGEST_GAP, MOST_GROWTH = 0.5, 0.02  # seconds; of memory
 WARM_UP = 0.2  # of the time
 SAMPLED = 0.5  # seconds between two looks at the memory
