@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 from benchmarks.engine import prompt
+from benchmarks.ports import free_port
 from model import SentencePieceTokenizer, save_checkpoint
 from model.config import ModelConfig
 from model.families import family_of
@@ -53,9 +53,7 @@ def serving(
     log: IO[bytes] | int = subprocess.DEVNULL,
 ) -> Iterator[Serving]:
     """A server, once it is ready. `--port` is added to its command; `log` gets what it writes to its standard error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url, started = f"http://127.0.0.1:{port}", time.perf_counter()
     environment = {**os.environ, **(environment or {})}
     outputs = {"stdout": subprocess.DEVNULL, "stderr": log}

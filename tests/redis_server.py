@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Self
 
 import pytest
 from redis import Redis, RedisError
+
+from benchmarks.ports import free_port
 
 REDIS = shutil.which("redis-server")
 needs_redis = pytest.mark.skipif(REDIS is None, reason="needs redis-server")
@@ -21,15 +22,17 @@ class RedisServer:
     """redis-server on a free port, answering on entry, and again after `kill` and `start`. It syncs each write."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"redis://127.0.0.1:{port}"
         settings = {"port": port, "dir": folder, "appendonly": "yes", "appendfsync": "always", "save": ""}
         self._command = [str(REDIS), *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,6 +47,7 @@ class RedisServer:
                     client.ping()
                     return
                 except RedisError:
+                    assert self._process.poll() is None, "redis-server has ended"
                     assert time.monotonic() < deadline, "redis-server did not answer within a minute"
                     time.sleep(0.02)
 

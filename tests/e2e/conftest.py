@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from typing import Self
 import httpx2
 import pytest
 
+from benchmarks.ports import free_port
+
 
 class Server:
     """`aft serve ARGUMENTS` on a free port, ready on entry; on exit, ended by SIGTERM with status 0.
@@ -25,9 +26,7 @@ class Server:
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self._environment, self.log = environment, ""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
 

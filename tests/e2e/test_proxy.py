@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
+from benchmarks.ports import free_port
+
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "kubernetes" / "base" / "haproxy.cfg"
 BODY = {"inputs": "The fox", "parameters": {"max_new_tokens": 5}}
 
@@ -29,12 +31,6 @@ def haproxy() -> str | None:
 
 PROGRAM = haproxy()
 needs_haproxy = pytest.mark.skipif(not (PROGRAM and shutil.which("openssl")), reason="needs HAProxy and openssl")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
