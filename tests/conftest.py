@@ -89,6 +89,14 @@ def byte_level_tokenizer(vocab_size: int, *special_tokens: str) -> tokenizers.To
     return words
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Stories to train on."""
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(STORIES * 10))
+    return path
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return SentencePieceTokenizer.train(STORIES * 3, vocab_size=400)

@@ -25,13 +25,6 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "stories.txt"
-    path.write_text("\n<|endoftext|>\n".join(STORIES * 10))
-    return path
-
-
 def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
     command = [*launcher, "-m", "server", "train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

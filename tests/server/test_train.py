@@ -14,19 +14,11 @@ from model import load_checkpoint
 from model.errors import ModelError
 from model.training.trainer import Trainer
 from server.commands.main import app
-from tests.conftest import STORIES
 
 SETTINGS = [
     *("--vocab-size", "380", "--d-model", "16", "--n-layer", "1", "--n-head", "2", "--window", "4"),
     *("--batch-size", "4", "--context", "16", "--steps", "6", "--warmup-steps", "2", "--checkpoint-every", "4"),
 ]
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "stories.txt"
-    path.write_text("\n<|endoftext|>\n".join(STORIES * 10))
-    return path
 
 
 def train(text: Path, out: Path, *more: str) -> Any:
